@@ -1,0 +1,140 @@
+"""What a user can set: one frozen object, every default written once, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+PAGE_SIZES = (16, 32, 64)
+DIGESTS = ("cuboid-mean", "cuboid-max", "cuboid-center", "mean-std")
+HEAD_REDUCES = ("mean", "max", "softmax-mean")
+DEFAULT_PAGE_SIZE = 32
+PAPER_TOP_K = 1280
+"""Tokens' worth of guaranteed pages beyond which the paper found no gain (section 5.1)."""
+
+
+class ArkValeError(ValueError):
+    """A setting, model or machine that the policy cannot serve; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArkValeConfig:
+    """Settings of ``--kv-policy arkvale``; sizes are in tokens unless a name says otherwise.
+
+    Raises:
+        ArkValeError: on construction, if the settings contradict each other.
+    """
+
+    budget: int = 4096
+    """Tokens attended per request, layer and step, the page being written included."""
+    top_k: int | None = None
+    """Of these, tokens' worth of pages ranked by score that are recalled if missing, beside the
+    sink and window pages; ``None`` means min(1280, budget / 2)."""
+    sink_pages: int = 2
+    window_pages: int = 2
+    """Most recent pages, always attended; counts the page being written."""
+    digest: str = "cuboid-mean"
+    head_groups: int = 1
+    """Lanes per layer: groups of KV heads that choose their own pages."""
+    head_reduce: str = "mean"
+    dense_layers: int = 2
+    """First layers left unmanaged: they keep every page on the device and attend to all."""
+    host_memory: float | None = None
+    """GiB of host memory for backups; ``None`` takes a share of what is free."""
+    device_tokens: int | None = None
+    """Tokens held by the frames of one lane; ``None`` sizes them from the device memory."""
+    recall_cap: int | None = None
+    """Most pages recalled per request, lane and step; ``None`` means no cap."""
+    oversubscription: float = 1.0
+    """Frames promised to running requests per frame that exists; above 1 the rows of a batch
+    that do not fit together attend in turns within a step, recalling what they lost."""
+    page_size: int = DEFAULT_PAGE_SIZE
+    check_invariants: bool = False
+    """Check the tables whenever the server is idle and stop it on the first violation."""
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            _refuse(
+                f"page size {self.page_size} is not supported by the arkvale policy",
+                f"set --page-size to one of {', '.join(map(str, PAGE_SIZES))}",
+            )
+        _check_choice("--arkvale-digest", self.digest, DIGESTS)
+        _check_choice("--arkvale-head-reduce", self.head_reduce, HEAD_REDUCES)
+        for flag, value, least in (
+            ("--arkvale-sink-pages", self.sink_pages, 0),
+            ("--arkvale-window-pages", self.window_pages, 1),
+            ("--arkvale-head-groups", self.head_groups, 1),
+            ("--arkvale-dense-layers", self.dense_layers, 0),
+            ("--arkvale-recall-cap", self.recall_cap, 1),
+            ("--arkvale-device-tokens", self.device_tokens, self.page_size),
+            ("--arkvale-top-k", self.top_k, 1),
+            ("--arkvale-oversubscription", self.oversubscription, 1),
+        ):
+            if value is not None and value < least:
+                _refuse(f"{flag} is {value}, below its least value {least}", f"raise it to {least}")
+        if self.host_memory is not None and not self.host_memory > 0:
+            _refuse(
+                f"--arkvale-host-memory is {self.host_memory} GiB, so no page could be backed up",
+                "give it a positive number",
+            )
+        least = (self.sink_pages + self.window_pages + 1) * self.page_size
+        if self.budget < least:
+            _refuse(
+                f"--arkvale-budget {self.budget} leaves no page to choose beside "
+                f"{self.sink_pages} sink and {self.window_pages} window pages of "
+                f"{self.page_size} tokens",
+                f"raise it to at least {least}",
+            )
+        if self.top_k is not None and self.top_k > self.budget:
+            _refuse(
+                f"--arkvale-top-k {self.top_k} exceeds --arkvale-budget {self.budget}, and pages "
+                "outside the budget are never attended",
+                "lower the one or raise the other",
+            )
+
+    @property
+    def budget_pages(self) -> int:
+        """Most pages a row attends to in one step, the open page included."""
+        return self.budget // self.page_size
+
+    @property
+    def must_pages(self) -> int:
+        """Ranked pages recalled if missing; sinks and the window come on top, within the budget."""
+        tokens = min(PAPER_TOP_K, self.budget // 2) if self.top_k is None else self.top_k
+        room = self.budget_pages - self.sink_pages - self.window_pages
+        return max(1, min(tokens // self.page_size, room))
+
+    def to_json(self) -> str:
+        """A string that :meth:`from_json` turns back into an equal object."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ArkValeConfig:
+        """The inverse of :meth:`to_json`."""
+        return cls(**json.loads(text))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> ArkValeConfig:
+        """Build from named settings; ``None`` stands for the default.
+
+        Raises:
+            ArkValeError: unknown names, or settings that contradict each other.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            _refuse(
+                f"unknown arkvale setting {unknown[0]!r}", f"use one of {', '.join(sorted(known))}"
+            )
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        _refuse(f"{flag} {value!r} is unknown", f"choose one of {', '.join(choices)}")
+
+
+def _refuse(what: str, remedy: str) -> None:
+    raise ArkValeError(f"{what}; {remedy}.")

@@ -1,0 +1,69 @@
+"""The shape of a page and what it costs in bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class PageGeometry:
+    """Sizes fixed by the model and the settings; everything else is derived.
+
+    A *lane* is one KV-head group of one managed layer: it decides alone which logical pages hold
+    a frame.
+    """
+
+    page_size: int
+    layers: int
+    """All attention layers of the model on this rank."""
+    dense_layers: int
+    """The first layers, unmanaged."""
+    kv_heads: int
+    head_dim: int
+    groups: int
+    """Lanes per managed layer."""
+    dtype: torch.dtype
+
+    @property
+    def managed_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+    @property
+    def lanes(self) -> int:
+        return self.managed_layers * self.groups
+
+    @property
+    def lane_heads(self) -> int:
+        return self.kv_heads // self.groups
+
+    @property
+    def lane_page_bytes(self) -> int:
+        """K and V of one page in one lane: what one recall moves."""
+        return 2 * self.page_size * self.lane_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def page_host_bytes(self) -> int:
+        """Backup of one logical page over all lanes."""
+        return self.lanes * self.lane_page_bytes
+
+    @property
+    def page_dense_bytes(self) -> int:
+        """One logical page in the dense layers, on the device."""
+        return self.dense_layers * self.groups * self.lane_page_bytes
+
+    @property
+    def page_digest_bytes(self) -> int:
+        """Digests of one logical page over all lanes: the page's bytes over the page size."""
+        return self.page_host_bytes // self.page_size
+
+    @property
+    def page_table_bytes(self) -> int:
+        """Table entries of one logical page: an int32 per lane and the sealed bit."""
+        return 4 * self.lanes + 1
+
+    @property
+    def frame_bytes(self) -> int:
+        """One frame in every lane, with its two table entries."""
+        return self.page_host_bytes + 12 * self.lanes

@@ -1,0 +1,131 @@
+"""The tensors of the cache: pages, digests, backups, tables, and the laws they obey."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from arkvale_kernels.residency import FREE, PINNED, Residency
+
+from arkvale_sglang.core.sizing import PoolPlan
+
+
+class ManagedLayer(NamedTuple):
+    """One managed layer: views into the store, by lane page and lane frame."""
+
+    k_frames: torch.Tensor
+    """``[lane frames + 1, page_size, lane heads, head_dim]``; the last row is scratch."""
+    v_frames: torch.Tensor
+    host: torch.Tensor
+    """``[lane pages, 2, page_size, lane heads, head_dim]``: the backups."""
+    digests: torch.Tensor
+    """``[lane pages, 2, lane heads, head_dim]``."""
+    residency: Residency
+
+
+class DenseLayer(NamedTuple):
+    """One unmanaged layer: every logical page has its place, so page id and frame agree."""
+
+    k_frames: torch.Tensor
+    """``[logical pages + 1, page_size, heads, head_dim]``."""
+    v_frames: torch.Tensor
+
+
+class PageStore:
+    """Everything the cache holds, allocated once.
+
+    Logical page 0 is the engine's padding page: it has table entries that stay empty and is
+    never sealed, recalled or attended in a managed layer.
+    """
+
+    def __init__(self, plan: PoolPlan, device: torch.device | str):
+        geometry = plan.geometry
+        self.plan = plan
+        self.device = torch.device(device)
+        self.page_stride = plan.logical_pages + 1
+        lane_pages = geometry.groups * self.page_stride
+        lane_frames = geometry.groups * plan.frames + 1
+        page = (geometry.page_size, geometry.lane_heads, geometry.head_dim)
+        layers = geometry.managed_layers
+        allocate = functools.partial(_zeros, dtype=geometry.dtype, device=self.device)
+        self.k_frames = allocate((layers, lane_frames, *page))
+        self.v_frames = allocate((layers, lane_frames, *page))
+        self.digests = allocate((layers, lane_pages, 2, *page[1:]))
+        self.host = _host_zeros((layers, lane_pages, 2, *page), geometry.dtype, self.device)
+        tables = functools.partial(torch.full, device=self.device)
+        self.residency = Residency(
+            frame_of=tables((layers, lane_pages), -1, dtype=torch.int32),
+            page_in=tables((layers, lane_frames), -1, dtype=torch.int32),
+            heat=tables((layers, lane_frames), FREE, dtype=torch.int64),
+        )
+        self.sealed = torch.zeros(self.page_stride, dtype=torch.bool, device=self.device)
+        self.managed = [
+            ManagedLayer(k, v, host, digests, Residency(*tables_of_layer))
+            for k, v, host, digests, *tables_of_layer in zip(
+                self.k_frames, self.v_frames, self.host, self.digests, *self.residency, strict=True
+            )
+        ]
+        whole = (self.page_stride, geometry.page_size, geometry.kv_heads, geometry.head_dim)
+        self.dense = [DenseLayer(allocate(whole), allocate(whole)) for _ in range(geometry.dense_layers)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every page."""
+        self.residency.frame_of.fill_(-1)
+        self.residency.page_in.fill_(-1)
+        self.residency.heat.fill_(FREE)
+        self.residency.heat[:, -1] = PINNED
+        self.sealed.fill_(False)
+
+    def frames_used(self) -> int:
+        """Frames that hold a page, over all lanes (reads the device)."""
+        return int((self.residency.page_in >= 0).sum())
+
+    def violations(self) -> list[str]:
+        """Laws of the tables that do not hold, one sentence each (reads the device)."""
+        frame_of, page_in, heat = (table.long() for table in self.residency)
+        stride, groups = self.page_stride, self.plan.geometry.groups
+        found = []
+        for index in range(frame_of.shape[0]):
+            pages = (frame_of[index] >= 0).nonzero().squeeze(1)
+            frames = frame_of[index][pages]
+            if not torch.equal(page_in[index][frames], pages):
+                found.append(f"layer {index}: a page's frame does not hold that page")
+            if int((page_in[index] >= 0).sum()) != pages.numel():
+                found.append(f"layer {index}: frames and pages are not paired one to one")
+            if not torch.equal(pages // stride, frames // self.plan.frames):
+                found.append(f"layer {index}: a page holds a frame of another lane")
+            if not torch.equal(heat[index][:-1] == FREE, page_in[index][:-1] < 0):
+                found.append(f"layer {index}: a free frame holds a page or a used one is free")
+            if heat[index][-1] != PINNED or page_in[index][-1] != -1:
+                found.append(f"layer {index}: the scratch row is in use")
+            if (pages % stride == 0).any():
+                found.append(f"layer {index}: the padding page holds a frame")
+            is_open = ~self.sealed[pages % stride]
+            if (is_open != (heat[index][frames] == PINNED)).any():
+                found.append(f"layer {index}: an open page may be evicted or a sealed one may not")
+        if self.sealed[0]:
+            found.append("the padding page is sealed")
+        if groups * self.plan.frames + 1 != page_in.shape[1]:
+            found.append("frames used and free do not add up")
+        return found
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that, on a CPU, take memory only once they are written.
+
+    Frames must never hold NaN: the unwritten tail of an open page is masked, not skipped, and
+    zero times NaN is NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
+
+
+def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return _zeros(shape, dtype, device)
+    return torch.zeros(shape, dtype=dtype, pin_memory=True)

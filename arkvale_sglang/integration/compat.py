@@ -1,0 +1,84 @@
+"""What differs between SGLang releases: where the hooks go, and whether they are still there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from typing import NamedTuple
+
+SUPPORTED = ("0.5.17", "0.5.23")
+"""Oldest and newest release the hooks were checked against."""
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+
+
+class HookPoint(NamedTuple):
+    """A function of SGLang that the policy wraps, and the parameters it relies on."""
+
+    target: str
+    parameters: tuple[str, ...] = ()
+    optional: bool = False
+    """Whether some supported release lacks it."""
+
+
+ADD_CLI_ARGS = HookPoint("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",))
+FROM_CLI_ARGS = HookPoint("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",))
+CHECK_SERVER_ARGS = HookPoint("sglang.srt.server_args.ServerArgs.check_server_args")
+POOL_CONFIGURATOR = HookPoint(
+    "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator", ("kvc",)
+)
+MAX_REQUESTS = HookPoint(f"{_CONFIGURATOR}.resolve_max_num_reqs", ("token_capacity",))
+BUILD_POOL = HookPoint(f"{_CONFIGURATOR}._build_mha_kv_pool", ("max_total_num_tokens",))
+BUILD_PLATFORM_POOL = HookPoint(  # until 0.5.22; later releases build every pool by BUILD_POOL
+    f"{_CONFIGURATOR}._build_oot_mha_kv_pool", ("max_total_num_tokens",), optional=True
+)
+BUILD_ALLOCATOR = HookPoint(
+    f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", ("sizes", "token_to_kv_pool")
+)
+ALLOCATE_POOLS = HookPoint(f"{_RUNNER}.alloc_memory_pool")
+INIT_BACKENDS = HookPoint(f"{_RUNNER}.init_attention_backends")
+ALLOCATABLE_REQUESTS = HookPoint(f"{_SCHEDULER}.get_num_allocatable_reqs", ("running_bs",))
+CHECK_DECODE_MEMORY = HookPoint(
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", ("selected_indices",)
+)
+INTERNAL_STATE = HookPoint(f"{_SCHEDULER}.get_internal_state", ("recv_req",))
+CHECK_POOLS = HookPoint(
+    "sglang.srt.managers.scheduler_components.invariant_checker."
+    "SchedulerInvariantChecker._check_all_pools"
+)
+FUSED_KV_WRITE = HookPoint("sglang.srt.models.utils.enable_fused_set_kv_buffer", ("forward_batch",))
+
+
+def version() -> str:
+    """The installed SGLang release."""
+    return importlib.metadata.version("sglang")
+
+
+def problem(point: HookPoint) -> str | None:
+    """Why a hook point cannot be used, or ``None``; an optional one may be absent."""
+    try:
+        function = pkgutil.resolve_name(point.target)
+    except (ImportError, AttributeError):
+        return None if point.optional else f"{point.target} does not exist"
+    parameters = inspect.signature(function).parameters
+    missing = [name for name in point.parameters if name not in parameters]
+    return f"{point.target} has no parameter {missing[0]!r}" if missing else None
+
+
+def exists(point: HookPoint) -> bool:
+    """Whether the installed release has this hook point."""
+    try:
+        pkgutil.resolve_name(point.target)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def allocator_gates_decode() -> bool:
+    """Whether the allocator itself is asked if a decode step fits (from 0.5.18 on)."""
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+
+    return hasattr(BaseTokenToKVPoolAllocator, "check_decode_capacity")

@@ -1,0 +1,98 @@
+"""What SGLang sees of the cache: a pool of logical slots and the allocator that hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache import memory_pool
+from sglang.srt.mem_cache.allocator import paged
+
+from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.core.sizing import PoolPlan
+from arkvale_sglang.runtime.cache import PagedCache
+
+
+class ArkValeKVPool(memory_pool.MHATokenToKVPool):
+    """A KV pool whose slots are logical: only the arkvale backend knows where a page is."""
+
+    def __init__(self, size: int, *args: Any, plan: PoolPlan, config: ArkValeConfig, **kwargs: Any):
+        if size != plan.logical_tokens:
+            raise RuntimeError(
+                f"SGLang asks for {size} slots but {plan.logical_tokens} were planned; report this "
+                "with the SGLang version."
+            )
+        self._plan, self._config = plan, config
+        self.cache: PagedCache
+        super().__init__(size, *args, **kwargs)
+
+    def _create_buffers(self) -> None:
+        self.k_buffer, self.v_buffer = [], []
+        self.cache = PagedCache(self._config, self._plan, self.device)
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        half = self._plan.device_bytes // 2
+        return half, half
+
+    def _no_buffer(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "KV pages of the arkvale policy have no fixed place on the device; read and write them "
+            "through its attention backend."
+        )
+
+    get_key_buffer = _no_buffer
+    get_value_buffer = _no_buffer
+    get_kv_buffer = _no_buffer
+    set_kv_buffer = _no_buffer
+    move_kv_cache = _no_buffer
+    get_contiguous_buf_infos = _no_buffer
+    get_cpu_copy = _no_buffer
+    load_cpu_copy = _no_buffer
+
+
+class LogicalAllocator:
+    """Mixin over a paged allocator: pages die here, and frames are admitted here."""
+
+    _kvcache: ArkValeKVPool
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.cache.live_pages = self.live_pages
+
+    @property
+    def cache(self) -> PagedCache:
+        return self._kvcache.cache
+
+    def live_pages(self) -> int:
+        """Logical pages handed out, to requests or to the radix tree."""
+        return (self.size - self.available_size()) // self.page_size
+
+    def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
+        super()._release_page_ids(*page_ids)
+        for ids in page_ids:
+            self.cache.release(ids)
+
+    def clear(self) -> None:
+        """Forget all pages; also part of the base class's construction."""
+        super().clear()
+        self.cache.reset()
+
+    def check_decode_capacity(self, *, num_tokens: int, requests: Any = None, **kwargs: Any) -> bool:
+        """Whether slots and frames suffice for the next decode step; ``False`` retracts."""
+        enough = super().check_decode_capacity(num_tokens=num_tokens, requests=requests, **kwargs)
+        return enough and self.holds(requests or ())
+
+    def holds(self, requests: Iterable[Any]) -> bool:
+        """Whether frames suffice for the next decode step of these requests."""
+        return self.cache.admission.holds(tokens_of(requests))
+
+
+def allocator_class(base: type[paged.PagedTokenToKVPoolAllocator]) -> type:
+    """The logical allocator over the platform's own paged allocator."""
+    return type("ArkValeAllocator", (LogicalAllocator, base), {})
+
+
+def tokens_of(requests: Iterable[Any]) -> list[int]:
+    """Tokens that each request holds in the cache so far."""
+    return [len(request.origin_input_ids) + len(request.output_ids) for request in requests]

@@ -1,0 +1,200 @@
+"""Hooks in SGLang's scheduler process: sizes, pools, admission, state, and the self-check."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+from sglang.srt.layers.attention import attention_registry
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.model_executor import pool_configurator
+from sglang.srt.platforms import current_platform
+from sglang.srt.plugins.hook_registry import HookType
+
+from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.core.sizing import Memory, PoolPlan, plan_pool
+from arkvale_sglang.integration import compat, flags, model_check
+from arkvale_sglang.integration.backend import ArkValeBackend
+from arkvale_sglang.integration.pool import ArkValeKVPool, allocator_class, tokens_of
+from arkvale_sglang.policy.admission import FrameAdmission
+
+logger = logging.getLogger(__name__)
+Hook = Callable[[compat.HookPoint, HookType, Callable[..., Any]], None]
+
+
+def install(config: ArkValeConfig, hook: Hook) -> None:
+    """Register every hook of the scheduler process with ``hook(point, kind, function)``."""
+    wiring = Wiring(config)
+    around, after = HookType.AROUND, HookType.AFTER
+    hook(compat.POOL_CONFIGURATOR, around, wiring.create_configurator)
+    hook(compat.MAX_REQUESTS, around, wiring.max_requests)
+    hook(compat.BUILD_POOL, around, wiring.build_pool)
+    hook(compat.BUILD_PLATFORM_POOL, around, wiring.build_pool)
+    hook(compat.BUILD_ALLOCATOR, around, wiring.build_allocator)
+    hook(compat.ALLOCATE_POOLS, after, wiring.check_pools)
+    hook(compat.INIT_BACKENDS, after, wiring.check_backend)
+    hook(compat.ALLOCATABLE_REQUESTS, around, wiring.allocatable_requests)
+    if not compat.allocator_gates_decode():
+        hook(compat.CHECK_DECODE_MEMORY, around, wiring.check_decode_memory)
+    hook(compat.INTERNAL_STATE, after, wiring.internal_state)
+    hook(compat.CHECK_POOLS, after, wiring.check_invariants)
+    hook(compat.FUSED_KV_WRITE, HookType.REPLACE, _no_fused_kv_write)
+    attention_registry.ATTENTION_BACKENDS[flags.attention_backend()] = ArkValeBackend
+
+
+def _no_fused_kv_write(forward_batch: Any) -> bool:
+    """Models must not write K and V by slot themselves: slots are logical."""
+    return False
+
+
+class Configurator(pool_configurator.MemoryPoolConfigurator):
+    """Turns SGLang's memory budget into a plan of logical pages and frames."""
+
+    def __init__(self, wiring: Wiring, kvc: Any):
+        self._wiring, self._kvc = wiring, kvc
+
+    def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> Any:
+        self._wiring.available_bytes = available_bytes
+        return self._plan(None)
+
+    def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> Any:
+        return self._plan(max_total_num_tokens)
+
+    def _plan(self, max_tokens: int | None) -> Any:
+        wiring, kvc = self._wiring, self._kvc
+        model, layers = kvc.model_config, kvc.layer_info.num_effective_layers
+        wiring.plan = plan_pool(
+            wiring.config,
+            model_check.geometry_of(wiring.config, model, layers, 1, kvc.kv_cache_dtype),
+            Memory(
+                device=wiring.available_bytes,
+                host_free=psutil.virtual_memory().available,
+                shared=kvc.device == "cpu",
+            ),
+            max_tokens,
+        )
+        return pool_configurator.MemoryPoolConfig(max_total_num_tokens=wiring.plan.logical_tokens)
+
+
+class Wiring:
+    """State that the hooks share: the plan once sized, the cache once built."""
+
+    def __init__(self, config: ArkValeConfig):
+        self.config = config
+        self.available_bytes = 0
+        self.plan: PoolPlan | None = None
+        self.pool: ArkValeKVPool | None = None
+
+    def create_configurator(self, original: Callable[..., Any], kvc: Any) -> Configurator:
+        return Configurator(self, kvc)
+
+    def max_requests(self, original: Callable[..., int], kvc: Any, token_capacity: int) -> int:
+        """Every running request pins one open page, so frames bound their number too."""
+        most = FrameAdmission(self.config, self.plan).most_requests
+        requests = original(kvc, token_capacity)
+        return requests if most is None else min(requests, most)
+
+    def build_pool(
+        self, original: Callable[..., Any], kvc: Any, *, max_total_num_tokens: int, **kwargs: Any
+    ) -> ArkValeKVPool:
+        model, layers = kvc.model_config, kvc.layer_info
+        self.plan = dataclasses.replace(
+            self.plan,
+            logical_pages=max_total_num_tokens // self.config.page_size,
+        )
+        self.pool = ArkValeKVPool(
+            max_total_num_tokens,
+            page_size=self.config.page_size,
+            dtype=kvc.kv_cache_dtype,
+            head_num=model.get_num_kv_heads(1),
+            head_dim=model.head_dim,
+            layer_num=layers.num_effective_layers,
+            device=kvc.device,
+            enable_memory_saver=False,
+            start_layer=layers.start_layer,
+            end_layer=layers.end_layer,
+            plan=self.plan,
+            config=self.config,
+        )
+        return self.pool
+
+    def build_allocator(
+        self,
+        original: Callable[..., Any],
+        kvc: Any,
+        *,
+        sizes: Any,
+        token_to_kv_pool: ArkValeKVPool,
+        **kwargs: Any,
+    ) -> Any:
+        base = PagedTokenToKVPoolAllocator
+        if current_platform.is_out_of_tree():
+            base = current_platform.get_paged_allocator_cls()
+        return allocator_class(base)(
+            sizes.max_total_num_tokens,
+            page_size=self.config.page_size,
+            dtype=kvc.kv_cache_dtype,
+            device=kvc.device,
+            kvcache=token_to_kv_pool,
+            need_sort=False,
+        )
+
+    def check_pools(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """The self-check, first half: the pools that SGLang keeps are ours, and the model fits."""
+        model_check.check_loaded(runner.model)
+        pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
+        if pool is not self.pool or getattr(allocator, "cache", None) is not self.pool.cache:
+            raise RuntimeError(
+                f"--kv-policy arkvale was asked for but SGLang {compat.version()} built "
+                f"{type(pool).__name__} and {type(allocator).__name__}; report this, and serve "
+                "with --kv-policy full meanwhile."
+            )
+        logger.info("arkvale: %s", self.plan.describe())
+
+    def check_backend(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """The self-check, second half: attention goes through our backend."""
+        backend = runner.attn_backend
+        if not isinstance(backend, ArkValeBackend):
+            raise RuntimeError(
+                f"--kv-policy arkvale was asked for but attention runs on {type(backend).__name__}; "
+                "remove other attention backend settings."
+            )
+
+    def allocatable_requests(
+        self, original: Callable[..., int], scheduler: Any, running_bs: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """Admit a request only while the frames can serve what it may ask for."""
+        admitted = original(scheduler, running_bs, *args, **kwargs)
+        running = kwargs.get("running_batch") or scheduler.running_batch
+        requests = list(running.reqs)
+        if scheduler.chunked_req is not None and scheduler.chunked_req not in requests:
+            requests.append(scheduler.chunked_req)
+        room = self.pool.cache.admission.room(tokens_of(requests))
+        return admitted if room is None else min(admitted, room)
+
+    def check_decode_memory(
+        self, original: Callable[..., bool], batch: Any, selected_indices: list[int] | None = None
+    ) -> bool:
+        """The frame check for releases whose allocator is not asked."""
+        requests = batch.reqs
+        if selected_indices is not None:
+            requests = [batch.reqs[index] for index in selected_indices]
+        enough = original(batch, selected_indices=selected_indices)
+        return enough and batch.token_to_kv_pool_allocator.holds(requests)
+
+    def internal_state(self, result: Any, scheduler: Any, recv_req: Any) -> Any:
+        """Show settings and counters under ``internal_states[0]["arkvale"]`` of /server_info."""
+        result.internal_state["arkvale"] = self.pool.cache.report()
+        return result
+
+    def check_invariants(self, result: tuple[bool, list[str]], *args: Any, **kwargs: Any) -> Any:
+        """Add our laws to SGLang's idle leak check."""
+        if not self.config.check_invariants:
+            return result
+        self.pool.cache.settle()
+        found = [f"arkvale: {violation}" for violation in self.pool.cache.store.violations()]
+        leaked, messages = result
+        return leaked or bool(found), [*messages, *found]

@@ -1,0 +1,70 @@
+"""How many rows the frames can serve, and which rows of a batch attend together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.core.sizing import PoolPlan
+
+
+class FrameAdmission:
+    """Keeps the frames that one step can ask for within the frames that exist.
+
+    A running request asks for at most ``min(budget pages, its pages)`` frames in a lane; pages
+    shared between requests make this an overestimate, never an underestimate.
+    """
+
+    def __init__(self, config: ArkValeConfig, plan: PoolPlan):
+        self._page_size = config.page_size
+        self._unbounded = plan.fits
+        self._frames = plan.frames
+        self.need_limit = min(config.budget_pages, plan.logical_pages)
+        """Most frames one request can ask for."""
+        self.promised = int(plan.frames * config.oversubscription)
+        """Frames that admission may promise to running requests."""
+
+    @property
+    def most_requests(self) -> int | None:
+        """Requests whose open pages leave room for one row's choice; ``None`` if unbounded."""
+        return None if self._unbounded else max(1, self._frames - self.need_limit)
+
+    def need(self, tokens: int) -> int:
+        """Frames that a request of so many tokens may ask for in one step."""
+        return min(self.need_limit, -(-tokens // self._page_size))
+
+    def room(self, running_tokens: Iterable[int]) -> int | None:
+        """Requests that may join the running ones, whatever their length; ``None`` if unbounded.
+
+        An idle server always admits one.
+        """
+        if self._unbounded:
+            return None
+        needs = [self.need(tokens + 1) for tokens in running_tokens]
+        return max(0 if needs else 1, (self.promised - sum(needs)) // self.need_limit)
+
+    def holds(self, running_tokens: Iterable[int]) -> bool:
+        """Whether the next step of these requests stays within the promise."""
+        if self._unbounded:
+            return True
+        needs = [self.need(tokens + 1) for tokens in running_tokens]
+        return len(needs) <= 1 or sum(needs) <= self.promised
+
+    def waves(self, page_counts: Sequence[int]) -> list[tuple[int, int]]:
+        """Cut a batch into runs of rows whose choices fit the frames together.
+
+        Rows of other runs keep their open pages pinned meanwhile, and so may one request in the
+        middle of its prefill.
+        """
+        rows = len(page_counts)
+        if self._unbounded:
+            return [(0, rows)]
+        room = self._frames - rows - 1
+        runs, start, used = [], 0, 0
+        for row, pages in enumerate(page_counts):
+            need = min(self.need_limit, pages) - 1
+            if row > start and used + need > room:
+                runs.append((start, row))
+                start, used = row, 0
+            used += need
+        return [*runs, (start, rows)]

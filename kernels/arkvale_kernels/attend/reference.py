@@ -1,0 +1,99 @@
+"""Attention in torch: the fused CPU kernel that also returns the log-sum-exp, else plain ops.
+
+The query heads of one KV head are folded into the query length, so GQA repeats no key.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def _attend(
+    query: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[rows, heads, length, head_dim]`` each -> output, log-sum-exp ``[rows, heads, length]``."""
+    if query.device.type == "cpu":
+        out, lse = _fused_cpu(query, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
+        return out, lse
+    logits = torch.matmul(query.float(), k.float().transpose(-1, -2)) * scaling
+    if causal:
+        length = query.shape[2]
+        logits = logits + torch.full((length, length), -torch.inf, device=k.device).triu(1)
+    if mask is not None:
+        logits = logits + mask
+    lse = logits.logsumexp(-1)
+    return torch.matmul((logits - lse.unsqueeze(-1)).exp(), v.float()).to(query.dtype), lse
+
+
+def attend_frames(
+    query: torch.Tensor,
+    k_frames: torch.Tensor,
+    v_frames: torch.Tensor,
+    lane_frames: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
+    common_length: int | None,
+) -> torch.Tensor:
+    """See :func:`arkvale_kernels.attend.api.attend_frames`."""
+    rows, query_heads, head_dim = query.shape
+    page_size, kv_heads = k_frames.shape[1], k_frames.shape[2]
+    folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
+    flat = lane_frames.reshape(-1)
+    if common_length is None:
+        flat = flat.clamp(min=0)
+    k, v = (
+        frames.flatten(1).index_select(0, flat).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+        for frames in (k_frames, v_frames)
+    )
+    if common_length is not None:
+        out, _ = _attend(folded, k[:, :, :common_length], v[:, :, :common_length], scaling)
+        return out.reshape(rows, query_heads, head_dim)
+    inside = torch.arange(k.shape[2], device=query.device) < lengths.unsqueeze(1)
+    inside = inside.unflatten(1, (-1, page_size)) & (lane_frames >= 0).unsqueeze(-1)
+    mask = torch.zeros(inside.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, -1)
+    out, _ = _attend(folded, k, v, scaling, mask.expand(-1, kv_heads, folded.shape[2], -1))
+    empty = ~inside.flatten(1).any(1)
+    return out.reshape(rows, query_heads, head_dim).masked_fill(empty.view(rows, 1, 1), 0.0)
+
+
+def attend_part(
+    query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`arkvale_kernels.attend.api.attend_part`."""
+    tokens, query_heads, head_dim = query.shape
+    kv_heads = k.shape[1]
+    folded = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+    out, lse = _attend(
+        folded.unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), scaling
+    )
+    out = out.view(query_heads, tokens, head_dim).transpose(0, 1)
+    return out, lse.view(query_heads, tokens).transpose(0, 1)
+
+
+def attend_chunk(
+    query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`arkvale_kernels.attend.api.attend_chunk`."""
+    repeats = query.shape[1] // k.shape[1]
+    k, v = (kv.transpose(0, 1).repeat_interleave(repeats, 0).unsqueeze(0) for kv in (k, v))
+    out, lse = _attend(query.transpose(0, 1).unsqueeze(0), k, v, scaling, causal=True)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def merge_parts(
+    part: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`arkvale_kernels.attend.api.merge_parts`."""
+    total = torch.logaddexp(part[1], other[1])
+    outputs = (
+        out.float() * (lse - total).exp().unsqueeze(-1) for out, lse in (part, other)
+    )
+    return sum(outputs), total

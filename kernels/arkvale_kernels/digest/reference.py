@@ -1,0 +1,60 @@
+"""The digests in plain torch (ArkVale section 5.2).
+
+All kinds but ``mean-std`` share the centre c = (min + max) / 2 of the page's bounding box.
+Arithmetic is float32; the one rounding is the cast of the two results to the key dtype, so
+``cuboid-max`` is exact and bounds every score from above.
+"""
+
+from __future__ import annotations
+
+import torch
+
+STD_SCALE = 1.0
+"""Half-width of a ``mean-std`` digest in standard deviations (population form)."""
+
+
+def build_digests(keys: torch.Tensor, kind: str) -> torch.Tensor:
+    """``[pages, page_size, heads, head_dim]`` -> ``[pages, 2, heads, head_dim]``."""
+    values = keys.float()
+    if kind == "mean-std":
+        center = values.mean(1)
+        radius = STD_SCALE * values.std(1, correction=0)
+        return torch.stack((center + radius, center - radius), 1).to(keys.dtype)
+    low, high = values.aminmax(dim=1)
+    if kind == "cuboid-max":
+        return torch.stack((high, low), 1).to(keys.dtype)
+    center = (low + high) * 0.5
+    deviation = (values - center.unsqueeze(1)).abs_()
+    if kind == "cuboid-mean":
+        radius = deviation.mean(1)
+    elif kind == "cuboid-center":
+        radius = (deviation.amin(1) + deviation.amax(1)) * 0.5
+    else:
+        raise ValueError(f"digest kind {kind!r} has no reference")
+    return torch.stack((center + radius, center - radius), 1).to(keys.dtype)
+
+
+def sphere_digests(keys: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The paper's other family (equations 1 and 2), kept for studies; never served.
+
+    Returns:
+        Centres ``[pages, heads, head_dim]`` and radii ``[pages, heads]``, float32.
+    """
+    values = keys.float()
+    low, high = values.aminmax(dim=1)
+    center = (low + high) * 0.5
+    distance = (values - center.unsqueeze(1)).norm(dim=-1)
+    radii = {
+        "sphere-max": lambda: distance.amax(1),
+        "sphere-center": lambda: (distance.amin(1) + distance.amax(1)) * 0.5,
+        "sphere-mean": lambda: distance.mean(1),
+    }
+    if kind not in radii:
+        raise ValueError(f"sphere digest {kind!r} is unknown; choose one of {', '.join(radii)}")
+    return center, radii[kind]()
+
+
+def sphere_scores(query: torch.Tensor, center: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """``q . c + r * |q|`` per page and head: ``[heads, head_dim]`` -> ``[pages, heads]``."""
+    query = query.float()
+    return torch.einsum("hd,phd->ph", query, center) + radius * query.norm(dim=-1)

@@ -1,0 +1,21 @@
+"""Residency op: which logical pages of a lane hold a frame, who gets one, who gives one up."""
+
+from arkvale_kernels.residency.api import (
+    FREE,
+    PINNED,
+    Residency,
+    Resolution,
+    claim_frames,
+    release_pages,
+    resolve_pages,
+)
+
+__all__ = [
+    "FREE",
+    "PINNED",
+    "Residency",
+    "Resolution",
+    "claim_frames",
+    "release_pages",
+    "resolve_pages",
+]

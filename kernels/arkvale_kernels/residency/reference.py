@@ -1,0 +1,138 @@
+"""Residency tables in plain torch; see ``api.py`` for shapes and the meaning of heat."""
+
+from __future__ import annotations
+
+import torch
+
+FREE = -1
+PINNED = torch.iinfo(torch.int64).max
+
+
+def heat_of(scores: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+    """``(clock << 32) | score`` with the score's bits in an order that integers understand."""
+    bits = scores.contiguous().view(torch.int32).long()
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 0x80000000
+    return (clock << 32) | ordered
+
+
+def resolve_pages(
+    frame_of: torch.Tensor,
+    page_in: torch.Tensor,
+    heat: torch.Tensor,
+    lane_pages: torch.Tensor,
+    scores: torch.Tensor | None,
+    clock: torch.Tensor,
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`arkvale_kernels.residency.api.resolve_pages`."""
+    flat = lane_pages.reshape(-1)
+    frames = frame_of.index_select(0, flat)
+    missing = (frames < 0) & (flat > 0)
+    scratch = heat.shape[0] - 1
+    touched = frames.masked_fill(frames < 0, scratch).long()
+    if scores is None:
+        heats = (clock << 32).expand(flat.shape[0])
+    else:
+        heats = heat_of(scores.reshape(-1), clock)
+    heat.scatter_reduce_(0, touched, heats, "amax")
+
+    missed = flat.masked_select(missing).long()
+    hits = (frames >= 0).sum()
+    if missed.numel() == 0:
+        counts = torch.stack((hits, *[hits.new_zeros(())] * 4))
+        return frames.view(lane_pages.shape), missed, missed, counts
+
+    wanted, which = missed.unique(return_inverse=True)
+    warmth = heat.new_zeros(wanted.shape[0]).scatter_reduce_(
+        0, which, heats.masked_select(missing), "amax"
+    )
+    order = warmth.argsort(descending=True, stable=True)
+    wanted, warmth = wanted[order], warmth[order]
+    victims = _coldest(heat, wanted, frame_of.shape[0] // groups, groups)
+    granted = heat[victims] < (clock << 32)
+    recalled, taken = wanted[granted], victims[granted]
+    leaving = page_in[taken].long()
+    evicted = leaving[leaving >= 0]
+    frame_of[evicted] = -1
+    page_in[taken] = recalled.to(page_in.dtype)
+    frame_of[recalled] = taken.to(frame_of.dtype)
+    heat[taken] = warmth[granted]
+    misses = [missed.numel(), recalled.numel(), evicted.numel(), wanted.numel() - recalled.numel()]
+    counts = torch.cat((hits.view(1), hits.new_tensor(misses)))
+    frames = frame_of.index_select(0, flat).view(lane_pages.shape)
+    return frames, recalled, taken, counts
+
+
+def _coldest(
+    heat: torch.Tensor, wanted: torch.Tensor, page_stride: int, groups: int
+) -> torch.Tensor:
+    """One distinct frame of its own lane for every wanted lane page, coldest to the first ones.
+
+    Where a lane has fewer frames than wanted pages the surplus gets the pinned scratch row.
+    """
+    by_lane = heat[:-1].view(groups, -1)
+    frames = by_lane.shape[1]
+    if groups == 1:
+        coldest = by_lane[0].topk(min(frames, wanted.shape[0]), largest=False).indices
+        surplus = wanted.shape[0] - coldest.shape[0]
+        return torch.nn.functional.pad(coldest, (0, surplus), value=heat.shape[0] - 1)
+    lane = wanted // page_stride
+    in_lane = torch.nn.functional.one_hot(lane, groups)
+    rank = (in_lane.cumsum(0) - 1).gather(1, lane.unsqueeze(1)).squeeze(1)
+    coldest = by_lane.topk(min(frames, wanted.shape[0]), dim=1, largest=False).indices
+    fits = rank < coldest.shape[1]
+    victim = lane * frames + coldest[lane, rank.clamp(max=coldest.shape[1] - 1)]
+    return torch.where(fits, victim, heat.shape[0] - 1)
+
+
+def claim_frames(
+    frame_of: torch.Tensor,
+    page_in: torch.Tensor,
+    heat: torch.Tensor,
+    pages: torch.Tensor,
+    new_heat: torch.Tensor,
+    groups: int,
+    evicting: int,
+) -> torch.Tensor:
+    """See :func:`arkvale_kernels.residency.api.claim_frames`."""
+    layers, page_stride = frame_of.shape[0], frame_of.shape[1] // groups
+    frames = (heat.shape[1] - 1) // groups
+    claims = min(pages.shape[0], frames)
+    lane = torch.arange(groups, device=heat.device).view(groups, 1)
+    by_lane = heat[:, :-1].unflatten(1, (groups, frames))
+    cold, index = by_lane.topk(claims, dim=2, largest=False, sorted=True)
+    may_evict = torch.arange(claims, device=heat.device) < evicting
+    granted = (cold == FREE) | (may_evict & (cold < PINNED))
+
+    taken = (index + lane * frames).flatten(1)
+    leaving = page_in.gather(1, taken).unflatten(1, (groups, claims)).long()
+    arriving = pages[:claims] + lane * page_stride
+    evicted = granted & (leaving >= 0)
+    # Lane page 0 is padding, so it takes the writes of claims that were not granted.
+    frame_of.scatter_(1, leaving.masked_fill(~evicted, 0).flatten(1), -1)
+    frames_now = torch.where(granted, taken.unflatten(1, (groups, claims)), -1)
+    targets = torch.where(granted, arriving, 0).flatten(1)
+    frame_of.scatter_(1, targets, frames_now.flatten(1).to(frame_of.dtype))
+    page_in.scatter_(1, taken, torch.where(granted, arriving, leaving).flatten(1).to(page_in.dtype))
+    heat.scatter_(1, taken, torch.where(granted, new_heat[:claims], cold).flatten(1))
+    return evicted.view(layers, -1).sum(1)
+
+
+def release_pages(
+    frame_of: torch.Tensor,
+    page_in: torch.Tensor,
+    heat: torch.Tensor,
+    pages: torch.Tensor,
+    groups: int,
+) -> None:
+    """See :func:`arkvale_kernels.residency.api.release_pages`."""
+    layers, page_stride = frame_of.shape[0], frame_of.shape[1] // groups
+    lane = torch.arange(groups, device=heat.device).view(groups, 1)
+    lane_pages = (pages + lane * page_stride).view(1, -1).expand(layers, -1)
+    frames = frame_of.gather(1, lane_pages).long()
+    scratch = heat.shape[1] - 1
+    freed = frames.masked_fill(frames < 0, scratch)
+    frame_of.scatter_(1, lane_pages, -1)
+    page_in.scatter_(1, freed, -1)
+    heat.scatter_(1, freed, FREE)
+    heat[:, scratch] = PINNED
