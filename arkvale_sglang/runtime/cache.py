@@ -42,7 +42,7 @@ class PagedCache:
         self._lane_base = (lanes * self.store.page_stride).to(torch.int32)
 
     def release(self, pages: torch.Tensor) -> None:
-        """Queue dead logical pages ``[pages]`` int64; they keep their frames until the next step."""
+        """Queue dead logical pages ``[pages]``; they keep their frames until the next step."""
         self._dead.append(pages)
 
     def reset(self) -> None:
@@ -56,7 +56,7 @@ class PagedCache:
             self.store.reset()
             self._forget = False
         if self._dead:
-            dead = torch.cat(self._dead)
+            dead = torch.cat(self._dead).long()
             self._dead.clear()
             release_pages(self.store.residency, dead, groups=self.plan.geometry.groups)
             self.store.sealed.index_fill_(0, dead, False)

@@ -75,7 +75,7 @@ def plan_decode(
     pages = cache.page_table(slots, rows, lengths, max(page_counts))
     counts = (lengths + (size - 1)) >> (size.bit_length() - 1)
     open_pages = pages.gather(1, (counts - 1).unsqueeze(1)).squeeze(1)
-    opening = [row for row, length in enumerate(host_lengths) if length % size == 1 or size == 1]
+    opening = [row for row, length in enumerate(host_lengths) if length % size == 1]
     if opening:
         fresh = open_pages[opening]
         cache.claim(fresh, torch.ones_like(fresh, dtype=torch.bool), evicting=len(opening))
@@ -173,10 +173,12 @@ def decode_managed(
     if step.sealing is not None:
         cache.seal_frames(layer, step.sealing, frame_of.index_select(0, step.sealing))
     lane_query = query.view(lane_rows, -1, query.shape[-1])
-    outputs = [
-        _attend_wave(cache, index, layer, wave, lane_query[wave.lane_rows], scaling)
-        for wave in step.waves
-    ]
+    outputs = []
+    for wave in step.waves:
+        if outputs:
+            cache.clock += 1  # what earlier waves used in this step may leave now
+        rows = lane_query[wave.lane_rows]
+        outputs.append(_attend_wave(cache, index, layer, wave, rows, scaling))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out.view(query.shape)
 

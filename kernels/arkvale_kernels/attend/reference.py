@@ -74,8 +74,8 @@ def attend_part(
     out, lse = _attend(
         folded.unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), scaling
     )
-    out = out.view(query_heads, tokens, head_dim).transpose(0, 1)
-    return out, lse.view(query_heads, tokens).transpose(0, 1)
+    out = out.reshape(query_heads, tokens, head_dim).transpose(0, 1)
+    return out, lse.reshape(query_heads, tokens).transpose(0, 1)
 
 
 def attend_chunk(
