@@ -1,0 +1,48 @@
+"""A server under the arkvale policy that stays up until Ctrl-C.
+
+    make serve
+    python examples/serve.py [--model-path PATH] [any flag of sglang.launch_server]
+
+Without ``--model-path`` it serves the small random model.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from arkvale_sglang.cli.launch import free_port
+from tiny_model import make_model
+
+BUILD = Path(__file__).resolve().parent.parent / "build"
+SMALL = [
+    "--arkvale-budget", "1024",
+    "--arkvale-device-tokens", "8192",
+    "--arkvale-host-memory", "0.5",
+]  # fmt: skip
+
+
+def main() -> int:
+    flags = sys.argv[1:]
+    if "--model-path" not in flags:
+        flags += ["--model-path", str(make_model(BUILD / "tiny_model")), *SMALL]
+    if "--port" not in flags:
+        flags += ["--port", str(free_port())]
+    url = f"http://127.0.0.1:{flags[flags.index('--port') + 1]}"
+    print(
+        "starting; once the log says the server is ready, try\n\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+        '\'{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}\'\n'
+        f"  curl {url}/server_info    # counters under internal_states[0].arkvale\n",
+        flush=True,
+    )
+    command = [sys.executable, "-m", "sglang.launch_server", "--kv-policy", "arkvale", *flags]
+    try:
+        return subprocess.run(command).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
