@@ -35,9 +35,19 @@ def steps(release: str | None, gpu: bool) -> list[tuple[str, list[str]]]:
         return ["-r", str(REQUIREMENTS / name)]
 
     if release is not None:
-        return [(f"SGLang {release}", [*pip, "--no-deps", "--ignore-installed", *listed(f"sglang-{release}.txt")])]
+        return [
+            (
+                f"SGLang {release}",
+                [*pip, "--no-deps", "--ignore-installed", *listed(f"sglang-{release}.txt")],
+            )
+        ]
     if gpu:
-        return [("SGLang for CUDA, arkvale and tools", [*pip, "-e", f"{ROOT}[cuda]", *listed("dev.txt")])]
+        return [
+            (
+                "SGLang for CUDA, arkvale and tools",
+                [*pip, "-e", f"{ROOT}[cuda]", *listed("dev.txt")],
+            )
+        ]
     return [
         ("PyTorch", [*pip, *listed("cpu-torch.txt")]),
         ("libraries", [*pip, *listed("cpu-libraries.txt"), *listed("dev.txt")]),
@@ -50,7 +60,9 @@ def steps(release: str | None, gpu: bool) -> list[tuple[str, list[str]]]:
 def fingerprint(release: str | None, gpu: bool) -> str:
     """Changes when the environment must be made anew."""
     digest = hashlib.sha256(f"{sys.version} {release} {gpu} {ROOT}".encode())
-    for path in sorted([*REQUIREMENTS.glob("*.txt"), *ROOT.glob("patches/*.py"), ROOT / "pyproject.toml"]):
+    for path in sorted(
+        [*REQUIREMENTS.glob("*.txt"), *ROOT.glob("patches/*.py"), ROOT / "pyproject.toml"]
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -65,10 +77,12 @@ def overlay(path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--release", help="another SGLang release, over the libraries of .venv")
     release = parser.parse_args().release
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything is checked
         print("error: Python 3.11 or newer is needed; point PYTHON at one.", file=sys.stderr)
         return 2
     gpu = has_gpu()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import platform
 import random
@@ -72,7 +73,7 @@ def _request(tokens: list[int], new: int) -> dict:
 def _per_token(server: Server, tokens: list[int]) -> float:
     """Median gap between tokens, the first ones left out."""
     stamps = [time.perf_counter() for _ in server.stream(_request(tokens, DECODED))]
-    gaps = [later - earlier for earlier, later in zip(stamps[4:], stamps[5:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(stamps[4:])]
     return statistics.median(gaps) * 1e3
 
 
@@ -85,7 +86,9 @@ def measure(stock: Server, ours: Server, rounds: int) -> list[dict]:
         for case in CASES:
             for side, (server, other) in sides.items():
                 with other.paused():
-                    elapsed = probe.run(server, case, turn) if turn >= 0 or case != CASES[1] else 0.0
+                    elapsed = (
+                        probe.run(server, case, turn) if turn >= 0 or case != CASES[1] else 0.0
+                    )
                 if turn >= 0:
                     times[case][side].append(elapsed)
             if turn >= 0:
@@ -133,7 +136,9 @@ def conditions() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/smoke.json")
     options = parser.parse_args()

@@ -25,10 +25,14 @@ POLICY = [
     "--arkvale-host-memory", "0.25",
     "--arkvale-check-invariants",
 ]  # fmt: skip
-COMMON = ["--random-seed", "0", "--log-level", "warning"]
+COMMON = ["--dtype", "float32", "--random-seed", "0", "--log-level", "warning"]
 STOCK = ["--max-total-tokens", "16384"]
 STORY = "The {door} door opens with the code {code}; remember it well. "
-QUESTIONS = ("What is the code of the {door} door?", "Say it once more.", "And the door, which was it?")
+QUESTIONS = (
+    "What is the code of the {door} door?",
+    "Say it once more.",
+    "And the door, which was it?",
+)
 
 
 def hold_chats(server: Server, show: bool) -> list[str]:
@@ -74,7 +78,9 @@ def main() -> int:
     for problem in problems:
         print(f"error: {problem}.", file=sys.stderr)
     if not problems:
-        print(f"all {len(answers)} answers are the same (random weights talk nonsense, but the same).")
+        print(
+            f"all {len(answers)} answers are the same (random weights talk nonsense, but the same)."
+        )
     return 1 if problems else 0
 
 

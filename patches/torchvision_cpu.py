@@ -62,7 +62,10 @@ def is_patched(path: Path) -> bool:
 
 def imports() -> bool:
     """Whether torchvision imports in a fresh interpreter."""
-    return subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode
+        == 0
+    )
 
 
 def apply(path: Path) -> int:

@@ -69,7 +69,9 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise ServerFailed(f"the server ended with {self._process.returncode}: {self.tail()}")
+                raise ServerFailed(
+                    f"the server ended with {self._process.returncode}: {self.tail()}"
+                )
             with contextlib.suppress(OSError, urllib.error.URLError):
                 urllib.request.urlopen(f"{self.url}/health", timeout=10).close()
                 return
@@ -104,6 +106,7 @@ class Server:
             self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
+        assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 

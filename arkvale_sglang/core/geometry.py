@@ -28,14 +28,17 @@ class PageGeometry:
 
     @property
     def managed_layers(self) -> int:
+        """Layers whose pages are evicted and recalled."""
         return self.layers - self.dense_layers
 
     @property
     def lanes(self) -> int:
+        """Lanes of all managed layers."""
         return self.managed_layers * self.groups
 
     @property
     def lane_heads(self) -> int:
+        """KV heads of one lane."""
         return self.kv_heads // self.groups
 
     @property

@@ -25,6 +25,7 @@ class PoolPlan:
 
     @property
     def logical_tokens(self) -> int:
+        """What the engine may fill."""
         return self.logical_pages * self.geometry.page_size
 
     @property
@@ -34,18 +35,22 @@ class PoolPlan:
 
     @property
     def host_bytes(self) -> int:
+        """All backups."""
         return (self.logical_pages + 1) * self.geometry.page_host_bytes
 
     @property
     def digest_bytes(self) -> int:
+        """All digests, on the device."""
         return (self.logical_pages + 1) * self.geometry.page_digest_bytes
 
     @property
     def dense_bytes(self) -> int:
+        """Every page of the dense layers, on the device."""
         return (self.logical_pages + 1) * self.geometry.page_dense_bytes
 
     @property
     def frame_bytes(self) -> int:
+        """All frames with their table entries, scratch rows included."""
         scratch = self.geometry.managed_layers * self.geometry.lane_page_bytes
         return self.frames * self.geometry.frame_bytes + scratch
 
@@ -57,6 +62,7 @@ class PoolPlan:
 
     @property
     def device_bytes(self) -> int:
+        """All of the above that lives on the device, and the page tables."""
         tables = (self.logical_pages + 1) * self.geometry.page_table_bytes
         held = self.digest_bytes + self.dense_bytes + self.frame_bytes
         return held + tables + self.staging_bytes
@@ -130,7 +136,9 @@ def _logical_pages(
         pages = host // geometry.page_host_bytes - 1
         # Digests, tables and dense layers of every logical page live on the device: leave them
         # half of it at most.
-        resident = geometry.page_digest_bytes + geometry.page_dense_bytes + geometry.page_table_bytes
+        resident = (
+            geometry.page_digest_bytes + geometry.page_dense_bytes + geometry.page_table_bytes
+        )
         room = memory.device - (host if memory.shared else 0)
         pages = min(pages, room // 2 // resident)
     if max_tokens is not None:
@@ -144,6 +152,7 @@ def _logical_pages(
 
 
 def check_model(config: ArkValeConfig, geometry: PageGeometry) -> None:
+    """Raise ``ArkValeError`` where settings and the shape of the model do not fit."""
     if geometry.managed_layers < 1:
         raise ArkValeError(
             f"--arkvale-dense-layers {geometry.dense_layers} leaves none of the model's "
@@ -160,10 +169,10 @@ def _check_fits(config: ArkValeConfig, plan: PoolPlan, device: int) -> None:
     page_size = plan.geometry.page_size
     if plan.device_bytes > device:
         raise ArkValeError(
-            f"{plan.logical_tokens} logical tokens with {plan.frames * page_size} frame tokens need "
+            f"{plan.logical_tokens} logical and {plan.frames * page_size} frame tokens need "
             f"{plan.device_bytes / GIB:.2f} GiB of device memory (digests "
             f"{plan.digest_bytes / GIB:.2f}, dense layers {plan.dense_bytes / GIB:.2f}, frames "
-            f"{plan.frame_bytes / GIB:.2f}) but {device / GIB:.2f} GiB are left for them; lower "
+            f"{plan.frame_bytes / GIB:.2f}) but {max(device, 0) / GIB:.2f} GiB are left for them; lower "
             "--arkvale-host-memory, --arkvale-device-tokens or --arkvale-dense-layers."
         )
     need = min(config.budget_pages, plan.logical_pages) + 1

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from arkvale_kernels.residency import FREE, PINNED, Residency
 
+from arkvale_kernels.residency import FREE, PINNED, Residency
 from arkvale_sglang.core.sizing import PoolPlan
 
 
@@ -68,7 +68,9 @@ class PageStore:
             )
         ]
         whole = (self.page_stride, geometry.page_size, geometry.kv_heads, geometry.head_dim)
-        self.dense = [DenseLayer(allocate(whole), allocate(whole)) for _ in range(geometry.dense_layers)]
+        self.dense = [
+            DenseLayer(allocate(whole), allocate(whole)) for _ in range(geometry.dense_layers)
+        ]
         self.reset()
 
     def reset(self) -> None:

@@ -30,7 +30,7 @@ class ArkValeBackend(AttentionBackend):
         self.cache = self.token_to_kv_pool.cache
         self.dense_layers = self.cache.plan.geometry.dense_layers
         self.first_layer = self.token_to_kv_pool.start_layer
-        self.forward_metadata: DecodeStep | ExtendStep | None = None
+        self.forward_metadata: Any = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the pass; no layer reads SGLang's tables after this."""
@@ -68,7 +68,8 @@ class ArkValeBackend(AttentionBackend):
     ) -> torch.Tensor:
         """``[rows, heads * head_dim]`` each; see :func:`decode_managed`."""
         query, k, v = _by_head(q, k, v, layer)
-        index, step = layer.layer_id - self.first_layer, self.forward_metadata
+        step: DecodeStep = self.forward_metadata
+        index = layer.layer_id - self.first_layer
         if index < self.dense_layers:
             groups = self.cache.plan.geometry.groups
             dense = self.cache.store.dense[index]
@@ -90,7 +91,8 @@ class ArkValeBackend(AttentionBackend):
     ) -> torch.Tensor:
         """``[tokens, heads * head_dim]`` each; see :func:`extend_managed`."""
         query, k, v = _by_head(q, k, v, layer)
-        index, step = layer.layer_id - self.first_layer, self.forward_metadata
+        step: ExtendStep = self.forward_metadata
+        index = layer.layer_id - self.first_layer
         if index < self.dense_layers:
             out = extend_dense(self.cache.store.dense[index], step, query, k, v, layer.scaling)
         else:
@@ -99,6 +101,7 @@ class ArkValeBackend(AttentionBackend):
         return out.reshape(query.shape[0], -1)
 
     def support_triton(self) -> bool:
+        """Whether SGLang may run its own Triton helpers around attention."""
         return str(self.device) != "cpu"
 
 
@@ -106,5 +109,8 @@ def _by_head(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``[tokens, heads, head_dim]``, contiguous, so that lanes are views."""
-    heads = ((q, layer.tp_q_head_num), (k, layer.tp_k_head_num), (v, layer.tp_v_head_num))
-    return tuple(part.reshape(-1, count, layer.head_dim).contiguous() for part, count in heads)
+    return (
+        q.reshape(-1, layer.tp_q_head_num, layer.head_dim).contiguous(),
+        k.reshape(-1, layer.tp_k_head_num, layer.head_dim).contiguous(),
+        v.reshape(-1, layer.tp_v_head_num, layer.head_dim).contiguous(),
+    )

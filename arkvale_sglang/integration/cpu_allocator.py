@@ -9,6 +9,8 @@ from sglang.srt.mem_cache.allocator import paged
 class CpuPagedAllocator(paged.PagedTokenToKVPoolAllocator):
     """SGLang's paged allocator with torch in place of its two Triton kernels."""
 
+    free_pages: torch.Tensor
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,

@@ -168,7 +168,9 @@ def take_policy(settings: Settings) -> ArkValeConfig | None:
     }
     os.environ.pop(CONFIG_ENV, None)
     if policy not in POLICIES:
-        raise ArkValeError(f"--kv-policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}.")
+        raise ArkValeError(
+            f"--kv-policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}."
+        )
     if policy == "full":
         named = sorted(name for name, value in ours.items() if value not in (None, False))
         if named:

@@ -9,7 +9,10 @@ import torch
 
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.geometry import PageGeometry
-from arkvale_sglang.core.sizing import GIB, check_model
+from arkvale_sglang.core.sizing import Memory, plan_pool
+
+UNKNOWN = 1 << 60
+"""Device bytes beyond any device."""
 
 
 def check_before_start(config: ArkValeConfig, server_args: Any) -> None:
@@ -24,17 +27,16 @@ def check_before_start(config: ArkValeConfig, server_args: Any) -> None:
     arch = model.attention_arch
     if arch != AttentionArch.MHA:
         raise _unsupported(f"{arch.name} attention")
-    if model.is_hybrid_swa:
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    if model.is_hybrid_swa or "sliding_attention" in layer_types:
         raise _unsupported("sliding-window layers")
     if getattr(model, "is_encoder_decoder", False):
         raise _unsupported("an encoder")
-    check_model(config, geometry_of(config, model, model.num_hidden_layers, 1, model.dtype))
-    available = psutil.virtual_memory().available
-    if config.host_memory is not None and config.host_memory * GIB > available:
-        raise ArkValeError(
-            f"--arkvale-host-memory asks for {config.host_memory:g} GiB but this machine has "
-            f"{available / GIB:.1f} GiB free; lower it or free memory."
-        )
+    geometry = geometry_of(config, model, model.num_hidden_layers, 1, model.dtype)
+    host_free = psutil.virtual_memory().available
+    # How much the device will hold is known once the weights are loaded, and checked then.
+    memory = Memory(device=UNKNOWN, host_free=host_free, shared=False)
+    plan_pool(config, geometry, memory, server_args.max_total_tokens)
 
 
 def check_loaded(model: torch.nn.Module) -> None:

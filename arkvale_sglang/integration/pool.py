@@ -28,10 +28,12 @@ class ArkValeKVPool(memory_pool.MHATokenToKVPool):
         super().__init__(size, *args, **kwargs)
 
     def _create_buffers(self) -> None:
-        self.k_buffer, self.v_buffer = [], []
+        self.k_buffer: list[torch.Tensor] = []
+        self.v_buffer: list[torch.Tensor] = []
         self.cache = PagedCache(self._config, self._plan, self.device)
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Device bytes of the whole cache, halved between K and V for the log."""
         half = self._plan.device_bytes // 2
         return half, half
 
@@ -51,8 +53,8 @@ class ArkValeKVPool(memory_pool.MHATokenToKVPool):
     load_cpu_copy = _no_buffer
 
 
-class LogicalAllocator:
-    """Mixin over a paged allocator: pages die here, and frames are admitted here."""
+class LogicalAllocator(paged.PagedTokenToKVPoolAllocator):
+    """A paged allocator of logical slots: pages die here, and frames are admitted here."""
 
     _kvcache: ArkValeKVPool
 
@@ -62,6 +64,7 @@ class LogicalAllocator:
 
     @property
     def cache(self) -> PagedCache:
+        """The cache behind the slots."""
         return self._kvcache.cache
 
     def live_pages(self) -> int:
@@ -78,7 +81,9 @@ class LogicalAllocator:
         super().clear()
         self.cache.reset()
 
-    def check_decode_capacity(self, *, num_tokens: int, requests: Any = None, **kwargs: Any) -> bool:
+    def check_decode_capacity(
+        self, *, num_tokens: int, requests: Any = None, **kwargs: Any
+    ) -> bool:
         """Whether slots and frames suffice for the next decode step; ``False`` retracts."""
         enough = super().check_decode_capacity(num_tokens=num_tokens, requests=requests, **kwargs)
         return enough and self.holds(requests or ())
@@ -90,6 +95,8 @@ class LogicalAllocator:
 
 def allocator_class(base: type[paged.PagedTokenToKVPoolAllocator]) -> type:
     """The logical allocator over the platform's own paged allocator."""
+    if base is paged.PagedTokenToKVPoolAllocator:
+        return LogicalAllocator
     return type("ArkValeAllocator", (LogicalAllocator, base), {})
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
-from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -14,7 +18,7 @@ from sglang.srt.model_executor import pool_configurator
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
 
-from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.sizing import Memory, PoolPlan, plan_pool
 from arkvale_sglang.integration import compat, flags, model_check
 from arkvale_sglang.integration.backend import ArkValeBackend
@@ -45,6 +49,20 @@ def install(config: ArkValeConfig, hook: Hook) -> None:
     attention_registry.ATTENTION_BACKENDS[flags.attention_backend()] = ArkValeBackend
 
 
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """End the server with the sentence of a refusal, told the way SGLang's own failures are."""
+    try:
+        yield
+    except ArkValeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        server = multiprocessing.parent_process()
+        if server is not None and server.pid is not None:
+            os.kill(server.pid, signal.SIGQUIT)
+        raise SystemExit(1) from None
+
+
 def _no_fused_kv_write(forward_batch: Any) -> bool:
     """Models must not write K and V by slot themselves: slots are logical."""
     return False
@@ -57,25 +75,28 @@ class Configurator(pool_configurator.MemoryPoolConfigurator):
         self._wiring, self._kvc = wiring, kvc
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> Any:
+        """From SGLang's byte budget."""
         self._wiring.available_bytes = available_bytes
         return self._plan(None)
 
-    def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> Any:
+    def calculate_pool_sizes_from_max_tokens(
+        self, max_total_num_tokens: int, page_size: int
+    ) -> Any:
+        """Under a cap on tokens (`--max-total-tokens`)."""
         return self._plan(max_total_num_tokens)
 
     def _plan(self, max_tokens: int | None) -> Any:
+        """Size once more; SGLang asks several times and must get the same answer."""
         wiring, kvc = self._wiring, self._kvc
         model, layers = kvc.model_config, kvc.layer_info.num_effective_layers
-        wiring.plan = plan_pool(
-            wiring.config,
-            model_check.geometry_of(wiring.config, model, layers, 1, kvc.kv_cache_dtype),
-            Memory(
-                device=wiring.available_bytes,
-                host_free=psutil.virtual_memory().available,
-                shared=kvc.device == "cpu",
-            ),
-            max_tokens,
+        geometry = model_check.geometry_of(wiring.config, model, layers, 1, kvc.kv_cache_dtype)
+        memory = Memory(
+            device=wiring.available_bytes,
+            host_free=wiring.host_free,
+            shared=kvc.device == "cpu",
         )
+        with _one_sentence():
+            wiring.plan = plan_pool(wiring.config, geometry, memory, max_tokens)
         return pool_configurator.MemoryPoolConfig(max_total_num_tokens=wiring.plan.logical_tokens)
 
 
@@ -85,10 +106,12 @@ class Wiring:
     def __init__(self, config: ArkValeConfig):
         self.config = config
         self.available_bytes = 0
-        self.plan: PoolPlan | None = None
-        self.pool: ArkValeKVPool | None = None
+        self.host_free = psutil.virtual_memory().available
+        self.plan: PoolPlan
+        self.pool: ArkValeKVPool
 
     def create_configurator(self, original: Callable[..., Any], kvc: Any) -> Configurator:
+        """Replace the sizing of SGLang's pool."""
         return Configurator(self, kvc)
 
     def max_requests(self, original: Callable[..., int], kvc: Any, token_capacity: int) -> int:
@@ -100,11 +123,8 @@ class Wiring:
     def build_pool(
         self, original: Callable[..., Any], kvc: Any, *, max_total_num_tokens: int, **kwargs: Any
     ) -> ArkValeKVPool:
+        """Build the cache where SGLang would build its pool."""
         model, layers = kvc.model_config, kvc.layer_info
-        self.plan = dataclasses.replace(
-            self.plan,
-            logical_pages=max_total_num_tokens // self.config.page_size,
-        )
         self.pool = ArkValeKVPool(
             max_total_num_tokens,
             page_size=self.config.page_size,
@@ -130,6 +150,7 @@ class Wiring:
         token_to_kv_pool: ArkValeKVPool,
         **kwargs: Any,
     ) -> Any:
+        """Build the allocator of logical slots."""
         base = PagedTokenToKVPoolAllocator
         if current_platform.is_out_of_tree():
             base = current_platform.get_paged_allocator_cls()
@@ -144,7 +165,8 @@ class Wiring:
 
     def check_pools(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         """The self-check, first half: the pools that SGLang keeps are ours, and the model fits."""
-        model_check.check_loaded(runner.model)
+        with _one_sentence():
+            model_check.check_loaded(runner.model)
         pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
         if pool is not self.pool or getattr(allocator, "cache", None) is not self.pool.cache:
             raise RuntimeError(
@@ -159,12 +181,17 @@ class Wiring:
         backend = runner.attn_backend
         if not isinstance(backend, ArkValeBackend):
             raise RuntimeError(
-                f"--kv-policy arkvale was asked for but attention runs on {type(backend).__name__}; "
-                "remove other attention backend settings."
+                f"--kv-policy arkvale was asked for but attention runs on "
+                f"{type(backend).__name__}; remove other attention backend settings."
             )
 
     def allocatable_requests(
-        self, original: Callable[..., int], scheduler: Any, running_bs: int, *args: Any, **kwargs: Any
+        self,
+        original: Callable[..., int],
+        scheduler: Any,
+        running_bs: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> int:
         """Admit a request only while the frames can serve what it may ask for."""
         admitted = original(scheduler, running_bs, *args, **kwargs)

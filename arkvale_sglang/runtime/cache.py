@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from arkvale_kernels.digest import build_digests
 from arkvale_kernels.residency import PINNED, claim_frames, release_pages
 from arkvale_kernels.transfer import back_up_pages
-
 from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.sizing import PoolPlan
 from arkvale_sglang.core.store import ManagedLayer, PageStore
@@ -151,4 +151,5 @@ class PagedCache:
             "logical_pages_total": self.plan.logical_pages,
             "logical_pages_used": self.live_pages(),
             **self.counters.report(),
+            **({"violations": self.store.violations()} if self.config.check_invariants else {}),
         }

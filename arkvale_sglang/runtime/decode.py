@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from arkvale_kernels.attend import attend_frames
 from arkvale_kernels.residency import resolve_pages
 from arkvale_kernels.score import score_pages
 from arkvale_kernels.select import select_pages
 from arkvale_kernels.transfer import recall_pages, write_tokens
-
 from arkvale_sglang.core.store import DenseLayer, ManagedLayer
 from arkvale_sglang.policy.ranking import Ranking, rank_rows
 from arkvale_sglang.runtime.cache import PagedCache
@@ -173,7 +173,7 @@ def decode_managed(
     if step.sealing is not None:
         cache.seal_frames(layer, step.sealing, frame_of.index_select(0, step.sealing))
     lane_query = query.view(lane_rows, -1, query.shape[-1])
-    outputs = []
+    outputs: list[torch.Tensor] = []
     for wave in step.waves:
         if outputs:
             cache.clock += 1  # what earlier waves used in this step may leave now
@@ -249,9 +249,7 @@ def decode_dense(
     scaling: float,
 ) -> torch.Tensor:
     """Decode attention of one unmanaged layer over all its pages; shapes as the managed one's."""
-    write_tokens(
-        layer.k_frames, layer.v_frames, step.open_pages, step.offsets[::groups], k, v
-    )
+    write_tokens(layer.k_frames, layer.v_frames, step.open_pages, step.offsets[::groups], k, v)
     return attend_frames(
         query,
         layer.k_frames,

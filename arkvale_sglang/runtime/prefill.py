@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
+
 from arkvale_kernels.attend import attend_chunk, attend_part, merge_parts
 from arkvale_kernels.transfer import gather_pages, write_tokens
-
 from arkvale_sglang.core.sizing import STAGING_TOKENS
 from arkvale_sglang.core.store import DenseLayer, ManagedLayer
 from arkvale_sglang.runtime.cache import PagedCache
@@ -70,9 +71,7 @@ def plan_extend(
     cache.begin_step()
     size = cache.config.page_size
     device = slots.device
-    ends = [
-        prefix + chunk for prefix, chunk in zip(prefix_lengths, chunk_lengths, strict=True)
-    ]
+    ends = [prefix + chunk for prefix, chunk in zip(prefix_lengths, chunk_lengths, strict=True)]
     lengths = torch.tensor(ends, device=device)
     pages = cache.page_table(slots, rows, lengths, -(-max(ends) // size))
     _claim_new_pages(cache, pages, prefix_lengths, ends)
@@ -182,7 +181,8 @@ def extend_managed(
         staged = gather_pages(
             layer.k_frames, layer.v_frames, layer.host, layer.residency.frame_of, block.lane_pages
         )
-        return tuple(_join_lanes(part, cache.plan.geometry.groups) for part in staged)
+        groups = cache.plan.geometry.groups
+        return _join_lanes(staged[0], groups), _join_lanes(staged[1], groups)
 
     return _attend_sequences(step, query, k, v, scaling, read)
 
@@ -199,13 +199,20 @@ def extend_dense(
     write_tokens(layer.k_frames, layer.v_frames, step.token_pages, step.offsets, k, v)
 
     def read(block: PrefixBlock) -> tuple[torch.Tensor, torch.Tensor]:
-        pages = (layer.k_frames, layer.v_frames)
-        return tuple(part.index_select(0, block.pages).flatten(0, 1) for part in pages)
+        k_pages = layer.k_frames.index_select(0, block.pages)
+        return k_pages.flatten(0, 1), layer.v_frames.index_select(0, block.pages).flatten(0, 1)
 
     return _attend_sequences(step, query, k, v, scaling, read)
 
 
-def _attend_sequences(step, query, k, v, scaling, read) -> torch.Tensor:
+def _attend_sequences(
+    step: ExtendStep,
+    query: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    read: Callable[[PrefixBlock], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
     """Merge each chunk's attention to itself with that to the blocks of its prefix."""
     out = torch.empty_like(query)
     for sequence in step.sequences:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import oracle
-from support.engine import FakeEngine
 
 from arkvale_sglang.config.settings import ArkValeConfig
+from support import oracle
+from support.engine import FakeEngine
 
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
 """Attention of unit-scale values: a convex combination in float32, a few roundings per output."""
@@ -28,7 +28,9 @@ def assert_chosen_as_oracle(fake: FakeEngine) -> None:
     config = fake.config
     for step in fake.steps:
         keys = fake.keys[step.layer, fake.rows[step.row].pages]
-        lane = slice(step.group * fake.geometry.lane_heads, (step.group + 1) * fake.geometry.lane_heads)
+        lane = slice(
+            step.group * fake.geometry.lane_heads, (step.group + 1) * fake.geometry.lane_heads
+        )
         pages = max(step.chosen) + 1
         digest = oracle.digests(keys[: pages - 1, :, lane], config.digest)
         candidates = list(range(config.sink_pages, pages - config.window_pages))
@@ -133,7 +135,9 @@ def test_rows_that_overflow_the_frames_take_turns_and_stay_exact():
         now = fake.cache.report()["pages_recalled"]
         assert now > recalled, "every step recalls"
         recalled = now
-    assert all(len(step.chosen) == max(step.chosen) + 1 for step in fake.steps), "all pages attended"
+    assert all(len(step.chosen) == max(step.chosen) + 1 for step in fake.steps), (
+        "all pages attended"
+    )
     assert fake.cache.report()["pages_refused"] == 0
 
 

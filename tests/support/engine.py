@@ -321,5 +321,7 @@ class FakeEngine:
                 np.testing.assert_array_equal(host[group, :, 0], keys)
                 np.testing.assert_array_equal(host[group, :, 1], values)
                 expected = oracle.digests(keys, self.config.digest)
-                tolerance = 4 * torch.finfo(geometry.dtype).eps * max(1.0, np.abs(keys).max(initial=0))
+                tolerance = (
+                    4 * torch.finfo(geometry.dtype).eps * max(1.0, np.abs(keys).max(initial=0))
+                )
                 np.testing.assert_allclose(digests[group], expected, rtol=0, atol=tolerance)

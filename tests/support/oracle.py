@@ -43,7 +43,9 @@ def page_scores(
     for head, q in enumerate(query):
         for place, page in enumerate(candidates):
             upper, lower = digest[page, 0, head // per_kv], digest[page, 1, head // per_kv]
-            by_head[head, place] = sum(max(a * b, a * c) for a, b, c in zip(q, upper, lower, strict=True))
+            by_head[head, place] = sum(
+                max(a * b, a * c) for a, b, c in zip(q, upper, lower, strict=True)
+            )
     if reduce == "mean":
         scores = by_head.mean(0)
     elif reduce == "max":
@@ -86,7 +88,9 @@ def select(
     return {*chosen, pages - 1}
 
 
-def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, scaling: float) -> np.ndarray:
+def attention(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, scaling: float
+) -> np.ndarray:
     """One query ``[query heads, dim]`` over ``[tokens, KV heads, dim]``."""
     per_kv = query.shape[0] // keys.shape[1]
     out = np.empty((query.shape[0], values.shape[2]))

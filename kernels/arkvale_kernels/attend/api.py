@@ -37,8 +37,8 @@ def attend_frames(
     check_shape("lane_frames", lane_frames, (rows, None))
     check_shape("lengths", lengths, (rows,))
     check_same_dtype("query", query, "k_frames", k_frames)
-    if query_heads % k_frames.shape[2]:
-        raise ValueError(f"{query_heads} query heads do not divide over {k_frames.shape[2]} KV heads")
+    check_same_dtype("v_frames", v_frames, "k_frames", k_frames)
+    _check_heads(query, k_frames.shape[2])
     return reference.attend_frames(
         query, k_frames, v_frames, lane_frames, lengths, scaling, common_length
     )
@@ -55,7 +55,7 @@ def attend_chunk(
     Returns:
         ``[tokens, query heads, head_dim]`` and the log-sum-exp ``[tokens, query heads]`` float32.
     """
-    check_shape("k", k, (query.shape[0], None, query.shape[2]))
+    _check_keys(query, k, v, query.shape[0])
     return reference.attend_chunk(query, k, v, scaling)
 
 
@@ -63,7 +63,7 @@ def attend_part(
     query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a chunk over keys that all precede it; shapes as :func:`attend_chunk`."""
-    check_shape("k", k, (None, None, query.shape[2]))
+    _check_keys(query, k, v, None)
     return reference.attend_part(query, k, v, scaling)
 
 
@@ -81,3 +81,19 @@ def merge_parts(
     check_shape("other output", other[0], tuple(part[0].shape))
     check_shape("other log-sum-exp", other[1], tuple(part[1].shape))
     return reference.merge_parts(part, other)
+
+
+def _check_keys(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: int | None) -> None:
+    """The fused kernel trusts its caller: a short ``v`` would be read beyond its end."""
+    check_shape("query", query, (None, None, None))
+    check_shape("k", k, (tokens, None, query.shape[2]))
+    check_shape("v", v, tuple(k.shape))
+    check_same_dtype("k", k, "query", query)
+    check_same_dtype("v", v, "query", query)
+    _check_heads(query, k.shape[1])
+
+
+def _check_heads(query: torch.Tensor, kv_heads: int) -> None:
+    heads = query.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, which do not divide over {kv_heads} KV heads")

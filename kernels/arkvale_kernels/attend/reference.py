@@ -19,6 +19,8 @@ def _attend(
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``[rows, heads, length, head_dim]`` each -> output, log-sum-exp ``[rows, heads, length]``."""
+    if query.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf).float()
     if query.device.type == "cpu":
         out, lse = _fused_cpu(query, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
         return out, lse
@@ -43,25 +45,45 @@ def attend_frames(
 ) -> torch.Tensor:
     """See :func:`arkvale_kernels.attend.api.attend_frames`."""
     rows, query_heads, head_dim = query.shape
-    page_size, kv_heads = k_frames.shape[1], k_frames.shape[2]
+    pages, page_size, kv_heads = lane_frames.shape[1], *k_frames.shape[1:3]
     folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
-    flat = lane_frames.reshape(-1)
+    inside = None
     if common_length is None:
-        flat = flat.clamp(min=0)
+        inside = torch.arange(pages * page_size, device=query.device) < lengths.unsqueeze(1)
+        inside = inside.view(rows, pages, page_size) & (lane_frames >= 0).unsqueeze(-1)
     k, v = (
-        frames.flatten(1).index_select(0, flat).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+        _read(frames, lane_frames, inside)
+        .view(rows, pages * page_size, kv_heads, head_dim)[:, :common_length]
+        .transpose(1, 2)
         for frames in (k_frames, v_frames)
     )
-    if common_length is not None:
-        out, _ = _attend(folded, k[:, :, :common_length], v[:, :, :common_length], scaling)
+    if inside is None:
+        out, _ = _attend(folded, k, v, scaling)
         return out.reshape(rows, query_heads, head_dim)
-    inside = torch.arange(k.shape[2], device=query.device) < lengths.unsqueeze(1)
-    inside = inside.unflatten(1, (-1, page_size)) & (lane_frames >= 0).unsqueeze(-1)
     mask = torch.zeros(inside.shape, dtype=query.dtype, device=query.device)
-    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, -1)
+    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, pages * page_size)
     out, _ = _attend(folded, k, v, scaling, mask.expand(-1, kv_heads, folded.shape[2], -1))
     empty = ~inside.flatten(1).any(1)
     return out.reshape(rows, query_heads, head_dim).masked_fill(empty.view(rows, 1, 1), 0.0)
+
+
+def _read(
+    frames: torch.Tensor, lane_frames: torch.Tensor, inside: torch.Tensor | None
+) -> torch.Tensor:
+    """Copy the frames of every row, zeros where ``inside [rows, pages, page_size]`` is false.
+
+    What stands there is what another request left, and a mask on the logits would let its NaN
+    through.
+    """
+    flat = lane_frames.reshape(-1)
+    if inside is None:
+        return frames.flatten(1).index_select(0, flat)
+    pages = frames.flatten(1).index_select(0, flat.clamp(min=0))
+    inside = inside.flatten(0, 1)
+    partial = (~inside.all(1)).nonzero().squeeze(1)
+    tokens = pages.index_select(0, partial).unflatten(1, (frames.shape[1], -1))
+    tokens.masked_fill_(~inside.index_select(0, partial).unsqueeze(-1), 0.0)
+    return pages.index_copy_(0, partial, tokens.flatten(1))
 
 
 def attend_part(
@@ -70,7 +92,8 @@ def attend_part(
     """See :func:`arkvale_kernels.attend.api.attend_part`."""
     tokens, query_heads, head_dim = query.shape
     kv_heads = k.shape[1]
-    folded = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+    folded = query.view(tokens, kv_heads, query_heads // kv_heads, head_dim)
+    folded = folded.permute(1, 2, 0, 3).flatten(1, 2)
     out, lse = _attend(
         folded.unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), scaling
     )
@@ -93,7 +116,7 @@ def merge_parts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.attend.api.merge_parts`."""
     total = torch.logaddexp(part[1], other[1])
-    outputs = (
+    first, second = (
         out.float() * (lse - total).exp().unsqueeze(-1) for out, lse in (part, other)
     )
-    return sum(outputs), total
+    return first + second, total

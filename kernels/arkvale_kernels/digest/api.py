@@ -25,6 +25,8 @@ def build_digests(keys: torch.Tensor, kind: str) -> torch.Tensor:
         ValueError: unknown ``kind`` or ``keys`` not four-dimensional.
     """
     if kind not in DIGEST_KINDS:
-        raise ValueError(f"digest kind {kind!r} is unknown; choose one of {', '.join(DIGEST_KINDS)}")
+        raise ValueError(
+            f"digest kind {kind!r} is unknown; choose one of {', '.join(DIGEST_KINDS)}"
+        )
     check_shape("keys", keys, (None, None, None, None))
     return reference.build_digests(keys, kind)

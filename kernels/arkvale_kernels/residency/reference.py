@@ -23,7 +23,7 @@ def resolve_pages(
     scores: torch.Tensor | None,
     clock: torch.Tensor,
     groups: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.residency.api.resolve_pages`."""
     flat = lane_pages.reshape(-1)
     frames = frame_of.index_select(0, flat)

@@ -47,7 +47,9 @@ def score_pages(
     check_shape("lane_pages", lane_pages, (rows, None))
     check_shape("bias", bias, (rows, lane_pages.shape[1]))
     if query_heads % digests.shape[2]:
-        raise ValueError(f"{query_heads} query heads do not divide over {digests.shape[2]} KV heads")
+        raise ValueError(
+            f"{query_heads} query heads do not divide over {digests.shape[2]} KV heads"
+        )
     return reference.score_pages(
         query, digests, lane_pages, bias, head_reduce=head_reduce, scaling=scaling
     )

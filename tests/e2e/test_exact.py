@@ -1,0 +1,126 @@
+"""Where the budget covers the context, the policy is stock SGLang to the rounding of attention.
+
+Every request runs on stock SGLang and under the policy with so few frames that pages are evicted
+and recalled all the time.  Greedy tokens must be equal; log-probabilities are measured against the
+same model in float64, and the policy may err at most ``SLACK`` times as much as stock does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from support.serving import Ruler, generate, generate_together, prompt, wait_idle
+
+SLACK = 2.0
+"""Partial results merged by log-sum-exp round once more than one pass does: twice the roundings."""
+FRAME_TOKENS = 1088
+BUDGET = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    arch: str
+    kv_heads: int
+    head_dim: int
+    flags: tuple[tuple[str, ...], ...]
+    """One server for each of these."""
+
+
+TIGHT = (
+    "--kv-policy", "arkvale", "--arkvale-budget", str(BUDGET),
+    "--arkvale-device-tokens", str(FRAME_TOKENS), "--arkvale-host-memory", "0.25",
+    "--arkvale-oversubscription", "8", "--arkvale-check-invariants", "--arkvale-dense-layers", "1",
+)  # fmt: skip
+PAGE_16 = (*TIGHT, "--page-size", "16", "--chunked-prefill-size", "48")
+PAGE_32 = (
+    *TIGHT,
+    "--page-size",
+    "32",
+    "--chunked-prefill-size",
+    "992",
+    "--disable-overlap-schedule",
+)
+GROUPS = (*TIGHT, "--arkvale-head-groups", "2", "--chunked-prefill-size", "320")
+ROOMY = ("--kv-policy", "arkvale", "--arkvale-budget", "16384", "--arkvale-host-memory", "0.25")
+
+SHAPES = [
+    Shape("llama", 2, 64, (PAGE_16, GROUPS, ROOMY)),
+    Shape("qwen2", 1, 64, (PAGE_32,)),
+    Shape("qwen3", 4, 128, (PAGE_16, PAGE_32)),
+    Shape("mistral", 8, 64, (PAGE_32,)),
+]
+TOGETHER = [prompt(length, seed) for seed, length in enumerate((700, 411, 902, 33, 640))]
+LONG = prompt(4 * FRAME_TOKENS + 77, 100)
+TURNS = [(prompt(500, 200), prompt(60, 201)), (prompt(700, 202), prompt(45, 203))]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.arch)
+def sides(request, tiny, serve):
+    """The ruler, stock, and the policy's servers of one model shape."""
+    shape = request.param
+    model = tiny(shape.arch, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype="float32")
+    stock = serve(model, "--kv-policy", "full", "--max-total-tokens", "16384")
+    servers = [serve(model, *flags) for flags in shape.flags]
+    yield Ruler(model), stock, servers
+    for server in (stock, *servers):
+        server.stop()
+
+
+def assert_same(ruler: Ruler, tokens: list[int], expected: dict, found: dict) -> None:
+    assert found["output_ids"] == expected["output_ids"]
+    allowed = ruler.error(tokens, expected)
+    assert ruler.error(tokens, found) <= SLACK * allowed, f"stock errs by {allowed}"
+
+
+def tight(server) -> bool:
+    return "--arkvale-oversubscription" in server.command
+
+
+def test_requests_that_evict_each_other_in_every_step(sides):
+    ruler, stock, servers = sides
+    expected = generate_together(stock, TOGETHER, 40)
+    for server in servers:
+        found = generate_together(server, TOGETHER, 40)
+        for tokens, one, other in zip(TOGETHER, expected, found, strict=True):
+            assert_same(ruler, tokens, one, other)
+        report = server.arkvale()
+        if tight(server):
+            # 40 steps, five rows whose pages exceed the frames: hundreds of recalls per lane.
+            assert (
+                report["pages_recalled"]
+                > 40 * report["frames_total"] / report["settings"]["budget_pages"]
+            )
+        else:
+            assert report["pages_evicted"] == report["page_misses"] == 0
+        assert report["pages_refused"] == 0
+
+
+def test_a_prompt_four_times_the_frames_prefills_exactly(sides):
+    ruler, stock, servers = sides
+    expected = generate(stock, LONG, 1)
+    for server in servers:
+        assert_same(ruler, LONG, expected, generate(server, LONG, 1))
+
+
+def test_follow_up_turns_on_evicted_prefixes(sides):
+    ruler, stock, servers = sides
+    history = {server: [list(first) for first, _ in TURNS] for server in (stock, *servers)}
+    for server, chats in history.items():
+        for chat in chats:
+            chat += generate(server, chat, 30)["output_ids"]
+        for chat, (_, second) in zip(chats, TURNS, strict=True):
+            chat += second
+    assert all(chats == history[stock] for chats in history.values())
+    for index, tokens in enumerate(history[stock]):
+        expected = generate(stock, tokens, 30)
+        for server in servers:
+            found = generate(server, history[server][index], 30)
+            assert found["meta_info"]["cached_tokens"] > 0 or not tight(server)
+            assert_same(ruler, tokens, expected, found)
+
+
+def test_everything_is_given_back(sides):
+    for server in sides[2]:
+        assert wait_idle(server)["frames_used"] == 0

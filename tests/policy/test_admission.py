@@ -1,0 +1,142 @@
+"""Admission: promises that the frames can keep, and batches cut into waves that fit them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.core.geometry import PageGeometry
+from arkvale_sglang.core.sizing import PoolPlan
+from arkvale_sglang.policy.admission import FrameAdmission
+
+
+def admission(*, pages=100, frames=20, budget=6, oversubscription=1.0) -> FrameAdmission:
+    """Sizes in pages of 16 tokens."""
+    config = ArkValeConfig(
+        page_size=16, budget=16 * budget, sink_pages=1, window_pages=1,
+        oversubscription=oversubscription,
+    )  # fmt: skip
+    geometry = PageGeometry(
+        page_size=16, layers=3, dense_layers=2, kv_heads=1, head_dim=8, groups=1,
+        dtype=torch.float32,
+    )  # fmt: skip
+    return FrameAdmission(config, PoolPlan(geometry, pages, frames))
+
+
+@st.composite
+def bounded(draw) -> tuple[FrameAdmission, int]:
+    """Any pool whose frames are fewer than its pages and hold one request and a page being
+    written, as start-up demands; and its frames."""
+    frames = draw(st.integers(4, 40))
+    gate = admission(
+        pages=frames + draw(st.integers(1, 40)), frames=frames,
+        budget=draw(st.integers(3, frames - 1)),
+        oversubscription=draw(st.sampled_from([1.0, 1.5, 8.0])),
+    )  # fmt: skip
+    return gate, frames
+
+
+@settings(max_examples=200, deadline=None)
+@given(bounded(), st.data())
+def test_waves_partition_the_rows_and_never_exceed_the_frames(pool, data):
+    """Up to as many rows as may run at once, each of any length.
+
+    While a wave attends, its rows' choices, the open pages of all rows, and one page being written
+    by a prefill hold frames; a choice includes the row's own open page.
+    """
+    gate, frames = pool
+    rows = data.draw(st.integers(1, gate.most_requests))
+    counts = data.draw(st.lists(st.integers(1, 100), min_size=rows, max_size=rows))
+    waves = gate.waves(counts)
+    assert [row for start, stop in waves for row in range(start, stop)] == list(range(rows))
+    for start, stop in waves:
+        assert start < stop
+        chosen = sum(min(gate.need_limit, count) - 1 for count in counts[start:stop])
+        assert chosen + rows + 1 <= frames
+
+
+@settings(max_examples=100, deadline=None)
+@given(bounded(), st.data())
+def test_waves_are_no_more_than_needed(pool, data):
+    """A wave ends only where the next row would not have fitted."""
+    gate, frames = pool
+    rows = data.draw(st.integers(1, gate.most_requests))
+    counts = data.draw(st.lists(st.integers(1, 100), min_size=rows, max_size=rows))
+    waves = gate.waves(counts)
+    for start, stop in waves[:-1]:
+        chosen = sum(min(gate.need_limit, count) - 1 for count in counts[start : stop + 1])
+        assert chosen + rows + 1 > frames
+
+
+@settings(max_examples=100, deadline=None)
+@given(bounded(), st.integers(1, 10**4))
+def test_a_lone_row_always_fits(pool, tokens):
+    """Whatever its length: it is admitted when idle, held when running, and one wave."""
+    gate, _ = pool
+    assert gate.room([]) >= 1
+    assert gate.holds([tokens])
+    assert gate.waves([-(-tokens // 16)]) == [(0, 1)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(bounded(), st.lists(st.integers(0, 400), max_size=6))
+def test_room_and_holds_agree(pool, running):
+    """Requests that there is room for hold the promise with the running ones, even at the length
+    where they need most; one more than that does not fit, unless the server was idle."""
+    gate, _ = pool
+    room = gate.room(running)
+    longest = 16 * gate.need_limit
+    assert room >= 0
+    if room:
+        assert gate.holds([*running, *[longest] * room])
+    more = [*running, *[longest] * (room + 1)]
+    if len(more) > 1:
+        assert not gate.holds(more)
+
+
+@settings(max_examples=100, deadline=None)
+@given(bounded(), st.lists(st.integers(0, 400), min_size=1, max_size=6))
+def test_the_next_step_must_stay_within_the_promise(pool, running):
+    """The next token of every request included: a page it opens counts before it is written."""
+    gate, _ = pool
+    needs = [min(gate.need_limit, math.ceil((tokens + 1) / 16)) for tokens in running]
+    fits = sum(needs) <= gate.promised
+    assert gate.holds(running) == (fits or len(running) == 1)
+
+
+def test_need_counts_started_pages_up_to_the_budget():
+    """Budget 6 pages of 16 tokens."""
+    gate = admission()
+    assert [gate.need(tokens) for tokens in (0, 1, 16, 17, 96, 97, 10**6)] == [0, 1, 1, 2, 6, 6, 6]
+
+
+def test_need_never_exceeds_the_pages_there_are():
+    """A pool smaller than the budget bounds what a request can ask for."""
+    assert admission(pages=5, frames=4, budget=6).need(10**6) == 5
+
+
+@pytest.mark.parametrize("oversubscription, requests", [(1.0, 3), (2.0, 6), (2.5, 8)])
+def test_oversubscription_scales_the_promise(oversubscription, requests):
+    """20 frames at 6 a request; waves then take turns in the frames that exist."""
+    gate = admission(oversubscription=oversubscription)
+    assert gate.room([]) == requests
+    assert gate.holds([1000] * requests) and not gate.holds([1000] * (requests + 1))
+
+
+def test_open_pages_bound_the_number_of_requests():
+    """Each pins one frame, and one row's choice must fit beside them."""
+    assert admission(frames=20, budget=6).most_requests == 14
+    assert admission(frames=7, budget=6).most_requests == 1
+
+
+def test_a_cache_that_fits_bounds_nothing():
+    """No cost under budget: no limit, no waves, whatever runs."""
+    gate = admission(pages=20, frames=20)
+    running = [10**6] * 50
+    assert gate.most_requests is None and gate.room(running) is None and gate.holds(running)
+    assert gate.waves([100] * 50) == [(0, 50)]

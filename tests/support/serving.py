@@ -1,0 +1,78 @@
+"""Requests against live servers, and the float64 ruler that judges them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from arkvale_sglang.cli.launch import Server
+
+
+def prompt(tokens: int, seed: int) -> list[int]:
+    """Random byte tokens, the same for the same seed."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, 258) for _ in range(tokens)]
+
+
+def generate(server: Server, tokens: list[int], new: int, **sampling: Any) -> dict[str, Any]:
+    """One greedy request with the log-probabilities of all its tokens."""
+    return server.post(
+        "/generate",
+        {
+            "input_ids": tokens,
+            "sampling_params": {
+                "max_new_tokens": new, "temperature": 0, "ignore_eos": True, **sampling,
+            },
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        },
+    )  # fmt: skip
+
+
+def generate_together(server: Server, prompts: list[list[int]], new: int) -> list[dict[str, Any]]:
+    """The same for several requests at once."""
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda tokens: generate(server, tokens, new), prompts))
+
+
+def logprobs(answer: dict[str, Any]) -> np.ndarray:
+    """Log-probabilities of prompt tokens that were computed, then of the new tokens."""
+    meta = answer["meta_info"]
+    pairs = [*meta["input_token_logprobs"], *meta["output_token_logprobs"]]
+    return np.array([pair[0] for pair in pairs if pair[0] is not None])
+
+
+def wait_idle(server: Server, seconds: float = 60.0) -> dict[str, Any]:
+    """Wait until no request holds a page beyond the radix tree; returns the policy's report."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = server.post("/flush_cache", {})
+        report = server.arkvale()
+        if report["logical_pages_used"] == 0:
+            return report
+        time.sleep(0.5)
+    raise AssertionError(f"the server is not idle: {answer} {report}")
+
+
+class Ruler:
+    """The model in float64: what every server's log-probabilities are measured against."""
+
+    def __init__(self, model: Path):
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+
+    def error(self, tokens: list[int], answer: dict[str, Any]) -> float:
+        """Largest deviation of an answer's log-probabilities from float64, on its own tokens."""
+        ids = torch.tensor([[*tokens, *answer["output_ids"]]])
+        with torch.inference_mode():
+            logits = self._model(ids[:, :-1]).logits[0]
+        exact = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+        found = logprobs(answer)
+        return float(np.abs(found - exact[-len(found) :]).max())
