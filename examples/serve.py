@@ -23,6 +23,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+BODY = '{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}'
+
+
 def main() -> int:
     flags = sys.argv[1:]
     if "--model-path" not in flags:
@@ -33,7 +36,7 @@ def main() -> int:
     print(
         "starting; once the log says the server is ready, try\n\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-        '\'{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}\'\n'
+        f"'{BODY}'\n"
         f"  curl {url}/server_info    # counters under internal_states[0].arkvale\n",
         flush=True,
     )

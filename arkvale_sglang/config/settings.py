@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,11 +73,13 @@ class ArkValeConfig:
             ("--arkvale-top-k", self.top_k, 1),
             ("--arkvale-oversubscription", self.oversubscription, 1),
         ):
-            if value is not None and value < least:
-                _refuse(f"{flag} is {value}, below its least value {least}", f"raise it to {least}")
-        if self.host_memory is not None and not self.host_memory > 0:
+            if value is not None and not least <= value < math.inf:
+                _refuse(
+                    f"{flag} is {value} but must be at least {least}", f"set it to {least} or more"
+                )
+        if self.host_memory is not None and not 0 < self.host_memory < math.inf:
             _refuse(
-                f"--arkvale-host-memory is {self.host_memory} GiB, so no page could be backed up",
+                f"--arkvale-host-memory is {self.host_memory} GiB, which holds no pages",
                 "give it a positive number",
             )
         least = (self.sink_pages + self.window_pages + 1) * self.page_size

@@ -123,17 +123,21 @@ def plan_pool(
 def _logical_pages(
     config: ArkValeConfig, geometry: PageGeometry, memory: Memory, max_tokens: int | None
 ) -> int:
-    if config.host_memory is not None:
-        host = int(config.host_memory * GIB)
-        if host > memory.host_free:
-            raise ArkValeError(
-                f"--arkvale-host-memory asks for {config.host_memory:g} GiB but this machine has "
-                f"{memory.host_free / GIB:.1f} GiB free; lower it or free memory."
-            )
-        pages = host // geometry.page_host_bytes - 1
-    else:
-        host = int(HOST_SHARE * (memory.device if memory.shared else memory.host_free))
-        pages = host // geometry.page_host_bytes - 1
+    """The tightest of what host, device and the engine's own cap allow, told apart if too tight."""
+    share = memory.device if memory.shared else memory.host_free
+    host = int(HOST_SHARE * share if config.host_memory is None else config.host_memory * GIB)
+    if config.host_memory is not None and host > memory.host_free:
+        raise ArkValeError(
+            f"--arkvale-host-memory asks for {config.host_memory:g} GiB but this machine has "
+            f"{memory.host_free / GIB:.1f} GiB free; lower it or free memory."
+        )
+    pages = host // geometry.page_host_bytes - 1
+    if pages < 1:
+        raise ArkValeError(
+            f"{host / GIB:.4f} GiB of host memory holds no page "
+            f"({geometry.page_host_bytes} bytes each); raise --arkvale-host-memory."
+        )
+    if config.host_memory is None:
         # Digests, tables and dense layers of every logical page live on the device: leave them
         # half of it at most.
         resident = (
@@ -141,14 +145,17 @@ def _logical_pages(
         )
         room = memory.device - (host if memory.shared else 0)
         pages = min(pages, room // 2 // resident)
-    if max_tokens is not None:
-        pages = min(pages, max_tokens // geometry.page_size)
-    if pages < 1:
+        if pages < 1:
+            raise ArkValeError(
+                f"{memory.device / GIB:.4f} GiB of device memory holds no page of the dense layers "
+                "and digests; lower --arkvale-dense-layers or free device memory."
+            )
+    if max_tokens is not None and max_tokens < geometry.page_size:
         raise ArkValeError(
-            f"{host / GIB:.4f} GiB of host memory holds no page "
-            f"({geometry.page_host_bytes} bytes each); raise --arkvale-host-memory."
+            f"--max-total-tokens {max_tokens} is less than one page of {geometry.page_size} "
+            "tokens; raise it."
         )
-    return pages
+    return pages if max_tokens is None else min(pages, max_tokens // geometry.page_size)
 
 
 def check_model(config: ArkValeConfig, geometry: PageGeometry) -> None:
@@ -172,8 +179,8 @@ def _check_fits(config: ArkValeConfig, plan: PoolPlan, device: int) -> None:
             f"{plan.logical_tokens} logical and {plan.frames * page_size} frame tokens need "
             f"{plan.device_bytes / GIB:.2f} GiB of device memory (digests "
             f"{plan.digest_bytes / GIB:.2f}, dense layers {plan.dense_bytes / GIB:.2f}, frames "
-            f"{plan.frame_bytes / GIB:.2f}) but {max(device, 0) / GIB:.2f} GiB are left for them; lower "
-            "--arkvale-host-memory, --arkvale-device-tokens or --arkvale-dense-layers."
+            f"{plan.frame_bytes / GIB:.2f}) but {max(device, 0) / GIB:.2f} GiB are left for them; "
+            "lower --arkvale-host-memory, --arkvale-device-tokens or --arkvale-dense-layers."
         )
     need = min(config.budget_pages, plan.logical_pages) + 1
     if not plan.fits and plan.frames < need:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,32 +88,43 @@ class PageStore:
 
     def violations(self) -> list[str]:
         """Laws of the tables that do not hold, one sentence each (reads the device)."""
-        frame_of, page_in, heat = (table.long() for table in self.residency)
-        stride, groups = self.page_stride, self.plan.geometry.groups
-        found = []
-        for index in range(frame_of.shape[0]):
-            pages = (frame_of[index] >= 0).nonzero().squeeze(1)
-            frames = frame_of[index][pages]
-            if not torch.equal(page_in[index][frames], pages):
-                found.append(f"layer {index}: a page's frame does not hold that page")
-            if int((page_in[index] >= 0).sum()) != pages.numel():
-                found.append(f"layer {index}: frames and pages are not paired one to one")
-            if not torch.equal(pages // stride, frames // self.plan.frames):
-                found.append(f"layer {index}: a page holds a frame of another lane")
-            if not torch.equal(heat[index][:-1] == FREE, page_in[index][:-1] < 0):
-                found.append(f"layer {index}: a free frame holds a page or a used one is free")
-            if heat[index][-1] != PINNED or page_in[index][-1] != -1:
-                found.append(f"layer {index}: the scratch row is in use")
-            if (pages % stride == 0).any():
-                found.append(f"layer {index}: the padding page holds a frame")
-            is_open = ~self.sealed[pages % stride]
-            if (is_open != (heat[index][frames] == PINNED)).any():
-                found.append(f"layer {index}: an open page may be evicted or a sealed one may not")
+        found = [
+            f"layer {index}: {law}"
+            for index, layer in enumerate(self.managed)
+            for law in self._broken(*(table.long() for table in layer.residency))
+        ]
         if self.sealed[0]:
             found.append("the padding page is sealed")
-        if groups * self.plan.frames + 1 != page_in.shape[1]:
+        lane_frames = self.plan.geometry.groups * self.plan.frames + 1
+        if lane_frames != self.residency.page_in.shape[1]:
             found.append("frames used and free do not add up")
         return found
+
+    def _broken(
+        self, frame_of: torch.Tensor, page_in: torch.Tensor, heat: torch.Tensor
+    ) -> Iterator[str]:
+        """Laws that the tables of one layer break."""
+        stride, last = self.page_stride, page_in.shape[0] - 1
+        pages = (frame_of >= 0).nonzero().squeeze(1)
+        if (frame_of > last).any():
+            yield "a page's frame does not hold that page"
+            return
+        frames = frame_of[pages]
+        if not torch.equal(page_in[frames], pages):
+            yield "a page's frame does not hold that page"
+        if int((page_in >= 0).sum()) != pages.numel():
+            yield "frames and pages are not paired one to one"
+        if not torch.equal(pages // stride, frames // self.plan.frames):
+            yield "a page holds a frame of another lane"
+        if not torch.equal(heat[:last] == FREE, page_in[:last] < 0):
+            yield "a free frame holds a page or a used one is free"
+        if heat[last] != PINNED or page_in[last] != -1:
+            yield "the scratch row is in use"
+        if (pages % stride == 0).any():
+            yield "the padding page holds a frame"
+        is_open = ~self.sealed[pages % stride]
+        if (is_open != (heat[frames] == PINNED)).any():
+            yield "an open page may be evicted or a sealed one may not"
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

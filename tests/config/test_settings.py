@@ -7,11 +7,11 @@ import json
 import math
 
 import pytest
-from arkvale_kernels.digest import DIGEST_KINDS
-from arkvale_kernels.score import HEAD_REDUCES as OP_HEAD_REDUCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arkvale_kernels.digest import DIGEST_KINDS
+from arkvale_kernels.score import HEAD_REDUCES as OP_HEAD_REDUCES
 from arkvale_sglang.config.settings import (
     DIGESTS,
     HEAD_REDUCES,
@@ -174,7 +174,7 @@ def test_settings_survive_json(config):
 @given(valid())
 def test_forced_and_must_pages_always_fit_the_budget(config):
     """Sinks, window and must pages leave no row with more than its budget."""
-    assert 1 <= config.must_pages
+    assert config.must_pages >= 1
     assert config.sink_pages + config.window_pages + config.must_pages <= config.budget_pages
     assert config.budget_pages * config.page_size <= config.budget
     if config.top_k is None:

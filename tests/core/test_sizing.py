@@ -103,7 +103,7 @@ def test_a_plan_stays_within_memory_and_leaves_no_room_for_another_frame(
         assume(False)
     room = device - (plan.host_bytes if shared else 0)
     assert plan.device_bytes <= room
-    assert 1 <= plan.logical_pages and 1 <= plan.frames <= plan.logical_pages
+    assert plan.logical_pages >= 1 and 1 <= plan.frames <= plan.logical_pages
     assert plan.host_bytes <= (host_free if host_memory or not shared else device)
     if host_memory is not None:
         assert plan.host_bytes <= host_memory * GIB

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from arkvale_kernels.residency import FREE, PINNED
 
+from arkvale_kernels.residency import FREE, PINNED
 from arkvale_sglang.core.geometry import PageGeometry
 from arkvale_sglang.core.sizing import PoolPlan
 from arkvale_sglang.core.store import PageStore

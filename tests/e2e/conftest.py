@@ -12,7 +12,8 @@ from arkvale_sglang.cli.launch import Server
 from tiny_model import make_model
 
 COMMON = [
-    "--random-seed", "1", "--log-level", "info", "--max-running-requests", "16", "--sleep-on-idle", "--dtype", "float32",
+    "--random-seed", "1", "--log-level", "info", "--max-running-requests", "16", "--sleep-on-idle",
+    "--dtype", "float32",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import random
 import urllib.error
 
 import pytest
+
 from support.serving import generate, generate_together, prompt, wait_idle
 
 PAGES = 160
@@ -48,7 +49,9 @@ def test_many_requests_on_one_prefix_digest_and_back_it_up_once(server, calm):
     assert before["bytes_backed_up"] == before["pages_backed_up"] * 2 * 16 * 2 * 64 * 4
 
 
-def test_a_prompt_beyond_the_logical_pool_is_answered_with_an_error_and_the_server_stays(server, calm):
+def test_a_prompt_beyond_the_logical_pool_is_answered_with_an_error_and_the_server_stays(
+    server, calm
+):
     with pytest.raises(urllib.error.HTTPError) as refusal:
         generate(server, prompt(PAGES * 16 + 100, 1), 4)
     assert refusal.value.code == 400

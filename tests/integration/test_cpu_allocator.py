@@ -13,7 +13,12 @@ SIZE = 16
 
 def make(pages: int) -> CpuPagedAllocator:
     return CpuPagedAllocator(
-        pages * SIZE, page_size=SIZE, dtype=torch.float32, device="cpu", kvcache=None, need_sort=False
+        pages * SIZE,
+        page_size=SIZE,
+        dtype=torch.float32,
+        device="cpu",
+        kvcache=None,
+        need_sort=False,
     )
 
 
@@ -37,9 +42,10 @@ def assert_paged(rows: list[list[int]]) -> None:
 
 
 @given(
-    st.lists(st.integers(1, 70), min_size=1, max_size=5), st.lists(st.integers(0, 40), min_size=5, max_size=5),
+    st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    st.lists(st.integers(0, 40), min_size=5, max_size=5),
     st.integers(0, 40),
-)  # fmt: skip
+)
 def test_extend_and_decode_hand_out_whole_pages(lengths, growth, steps):
     allocator = make(64)
     rows: list[list[int]] = [[] for _ in lengths]
@@ -54,7 +60,9 @@ def test_extend_and_decode_hand_out_whole_pages(lengths, growth, steps):
     for _ in range(steps):
         lengths_now = torch.tensor([len(row) + 1 for row in rows])
         last = torch.tensor([row[-1] for row in rows])
-        for row, slot in zip(rows, allocator.alloc_decode(lengths_now, lengths_now, last), strict=True):
+        for row, slot in zip(
+            rows, allocator.alloc_decode(lengths_now, lengths_now, last), strict=True
+        ):
             row.append(int(slot))
     assert_paged(rows)
     pages = sum(-(-len(row) // SIZE) for row in rows)

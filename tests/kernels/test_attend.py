@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from arkvale_kernels.attend import attend_chunk, attend_frames, attend_part, merge_parts
 from support import oracle
 from support.numeric import DTYPES, float64, gamma, normal, poison, unit

@@ -151,9 +151,9 @@ def test_sphere_max_bounds_every_score_from_above():
 
 def test_unknown_kinds_and_flat_keys_are_refused_by_name():
     """A wrong argument is named, with what would be right."""
-    with pytest.raises(ValueError, match="'sphere'.*cuboid-mean"):
+    with pytest.raises(ValueError, match=r"'sphere'.*cuboid-mean"):
         build_digests(torch.zeros(1, 16, 2, 64), "sphere")
     with pytest.raises(ValueError, match="keys must have shape"):
         build_digests(torch.zeros(16, 2, 64), "cuboid-max")
-    with pytest.raises(ValueError, match="'cuboid-max'.*sphere-max"):
+    with pytest.raises(ValueError, match=r"'cuboid-max'.*sphere-max"):
         sphere_digests(torch.zeros(1, 16, 2, 64), "cuboid-max")

@@ -173,7 +173,7 @@ def test_resolve_warms_what_was_wanted_in_the_order_of_importance(seed):
     found = resolve(tables, [pages], [[SCORES[rank] for rank in ranks]])
     frames = found.lane_frames[0].tolist()
     warm = []
-    for rank, frame in sorted(zip(ranks.tolist(), frames, strict=True)):
+    for _, frame in sorted(zip(ranks.tolist(), frames, strict=True)):
         if frame >= 0 and before.heat[frame] == PINNED:
             assert tables.heat[frame] == PINNED
         elif frame >= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from arkvale_kernels.transfer import back_up_pages, gather_pages, recall_pages, write_tokens
 from support.numeric import DTYPES, normal, poison, same_bits
 

@@ -7,13 +7,13 @@ import types
 
 import pytest
 import torch
-from support.engine import FakeEngine
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.runtime import cache as cache_module
 from arkvale_sglang.runtime import decode
+from support.engine import FakeEngine
 
 aten = torch.ops.aten
 READING_OPS = {
@@ -141,7 +141,9 @@ def decode_once(fake: FakeEngine, rows: list[int], monkeypatch: pytest.MonkeyPat
     ids=["same-length", "ragged", "over-budget", "in-turns"],
 )  # fmt: skip
 @pytest.mark.parametrize("reduce, cap", [("mean", None), ("softmax-mean", 1)], ids=str)
-def test_a_decode_step_reads_nothing(frames, budget, prompts, waves, groups, reduce, cap, monkeypatch):
+def test_a_decode_step_reads_nothing(
+    frames, budget, prompts, waves, groups, reduce, cap, monkeypatch
+):
     """Twenty steps each: pages fill, are sealed, open, are evicted and recalled, and die."""
     config = ArkValeConfig(
         page_size=16, budget=16 * budget, head_groups=groups, head_reduce=reduce, recall_cap=cap,

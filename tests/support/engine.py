@@ -29,7 +29,7 @@ class Row:
 
 @dataclasses.dataclass
 class Step:
-    """One lane row of one decode step in one layer: what went in, what was chosen, what came out."""
+    """One lane row of a decode step in one layer: what went in, was chosen, and came out."""
 
     layer: int
     group: int

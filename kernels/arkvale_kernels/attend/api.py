@@ -31,7 +31,7 @@ def attend_frames(
     Returns:
         ``[rows, query heads, head_dim]`` in the query's dtype; a row without any token is 0.
     """
-    rows, query_heads, head_dim = query.shape
+    rows, _, head_dim = query.shape
     check_shape("k_frames", k_frames, (None, None, None, head_dim))
     check_shape("v_frames", v_frames, tuple(k_frames.shape))
     check_shape("lane_frames", lane_frames, (rows, None))

@@ -116,7 +116,5 @@ def merge_parts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.attend.api.merge_parts`."""
     total = torch.logaddexp(part[1], other[1])
-    first, second = (
-        out.float() * (lse - total).exp().unsqueeze(-1) for out, lse in (part, other)
-    )
+    first, second = (out.float() * (lse - total).exp().unsqueeze(-1) for out, lse in (part, other))
     return first + second, total

@@ -17,7 +17,7 @@ class Selection(NamedTuple):
     """``[rows, budget]`` int: the row's pages by falling score, its open page at the end of its
     list; 0 where fewer pages were allowed."""
     scores: torch.Tensor
-    """``[rows, budget]`` float32, beside ``lane_pages``; +inf for pages that are always attended."""
+    """``[rows, budget]`` float32, beside ``lane_pages``; +inf for pages always attended."""
 
 
 def select_pages(
