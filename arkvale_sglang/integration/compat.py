@@ -32,7 +32,7 @@ POOL_CONFIGURATOR = HookPoint(
 )
 MAX_REQUESTS = HookPoint(f"{_CONFIGURATOR}.resolve_max_num_reqs", ("token_capacity",))
 BUILD_POOL = HookPoint(f"{_CONFIGURATOR}._build_mha_kv_pool", ("max_total_num_tokens",))
-BUILD_PLATFORM_POOL = HookPoint(  # until 0.5.22; later releases build every pool by BUILD_POOL
+BUILD_PLATFORM_POOL = HookPoint(  # until 0.5.21; later releases build every pool by BUILD_POOL
     f"{_CONFIGURATOR}._build_oot_mha_kv_pool", ("max_total_num_tokens",), optional=True
 )
 BUILD_ALLOCATOR = HookPoint(
@@ -40,6 +40,7 @@ BUILD_ALLOCATOR = HookPoint(
 )
 ALLOCATE_POOLS = HookPoint(f"{_RUNNER}.alloc_memory_pool")
 INIT_BACKENDS = HookPoint(f"{_RUNNER}.init_attention_backends")
+PREFILL_BATCH = HookPoint(f"{_SCHEDULER}.get_new_batch_prefill", ("running_batch",))
 ALLOCATABLE_REQUESTS = HookPoint(f"{_SCHEDULER}.get_num_allocatable_reqs", ("running_bs",))
 CHECK_DECODE_MEMORY = HookPoint(
     "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", ("selected_indices",)
@@ -75,10 +76,3 @@ def exists(point: HookPoint) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
-
-
-def allocator_gates_decode() -> bool:
-    """Whether the allocator itself is asked if a decode step fits (from 0.5.18 on)."""
-    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
-
-    return hasattr(BaseTokenToKVPoolAllocator, "check_decode_capacity")

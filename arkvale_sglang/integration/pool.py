@@ -81,13 +81,6 @@ class LogicalAllocator(paged.PagedTokenToKVPoolAllocator):
         super().clear()
         self.cache.reset()
 
-    def check_decode_capacity(
-        self, *, num_tokens: int, requests: Any = None, **kwargs: Any
-    ) -> bool:
-        """Whether slots and frames suffice for the next decode step; ``False`` retracts."""
-        enough = super().check_decode_capacity(num_tokens=num_tokens, requests=requests, **kwargs)
-        return enough and self.holds(requests or ())
-
     def holds(self, requests: Iterable[Any]) -> bool:
         """Whether frames suffice for the next decode step of these requests."""
         return self.cache.admission.holds(tokens_of(requests))

@@ -40,9 +40,9 @@ def install(config: ArkValeConfig, hook: Hook) -> None:
     hook(compat.BUILD_ALLOCATOR, around, wiring.build_allocator)
     hook(compat.ALLOCATE_POOLS, after, wiring.check_pools)
     hook(compat.INIT_BACKENDS, after, wiring.check_backend)
+    hook(compat.PREFILL_BATCH, HookType.BEFORE, wiring.note_running)
     hook(compat.ALLOCATABLE_REQUESTS, around, wiring.allocatable_requests)
-    if not compat.allocator_gates_decode():
-        hook(compat.CHECK_DECODE_MEMORY, around, wiring.check_decode_memory)
+    hook(compat.CHECK_DECODE_MEMORY, around, wiring.check_decode_memory)
     hook(compat.INTERNAL_STATE, after, wiring.internal_state)
     hook(compat.CHECK_POOLS, after, wiring.check_invariants)
     hook(compat.FUSED_KV_WRITE, HookType.REPLACE, _no_fused_kv_write)
@@ -109,6 +109,7 @@ class Wiring:
         self.host_free = psutil.virtual_memory().available
         self.plan: PoolPlan
         self.pool: ArkValeKVPool
+        self.running: Any = None
 
     def create_configurator(self, original: Callable[..., Any], kvc: Any) -> Configurator:
         """Replace the sizing of SGLang's pool."""
@@ -185,6 +186,10 @@ class Wiring:
                 f"{type(backend).__name__}; remove other attention backend settings."
             )
 
+    def note_running(self, scheduler: Any, running_batch: Any) -> None:
+        """Keep the batch that admission counts; the scheduler's own attribute lags one pass."""
+        self.running = running_batch
+
     def allocatable_requests(
         self,
         original: Callable[..., int],
@@ -195,8 +200,7 @@ class Wiring:
     ) -> int:
         """Admit a request only while the frames can serve what it may ask for."""
         admitted = original(scheduler, running_bs, *args, **kwargs)
-        running = kwargs.get("running_batch") or scheduler.running_batch
-        requests = list(running.reqs)
+        requests = list(self.running.reqs)
         if scheduler.chunked_req is not None and scheduler.chunked_req not in requests:
             requests.append(scheduler.chunked_req)
         room = self.pool.cache.admission.room(tokens_of(requests))
@@ -205,7 +209,7 @@ class Wiring:
     def check_decode_memory(
         self, original: Callable[..., bool], batch: Any, selected_indices: list[int] | None = None
     ) -> bool:
-        """The frame check for releases whose allocator is not asked."""
+        """Whether slots and frames suffice for the next decode step; ``False`` retracts."""
         requests = batch.reqs
         if selected_indices is not None:
             requests = [batch.reqs[index] for index in selected_indices]

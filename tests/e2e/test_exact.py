@@ -99,9 +99,10 @@ def test_requests_that_evict_each_other_in_every_step(sides):
 
 def test_a_prompt_four_times_the_frames_prefills_exactly(sides):
     ruler, stock, servers = sides
-    expected = generate(stock, LONG, 1)
+    expected = generate(stock, LONG, 1, prompt_logprobs=True)
     for server in servers:
-        assert_same(ruler, LONG, expected, generate(server, LONG, 1))
+        found = generate(server, LONG, 1, prompt_logprobs=True)
+        assert_same(ruler, LONG, expected, found)
 
 
 def test_follow_up_turns_on_evicted_prefixes(sides):

@@ -73,6 +73,11 @@ def test_waves_are_no_more_than_needed(pool, data):
         assert chosen + rows + 1 > frames
 
 
+def test_no_wave_is_empty_even_where_the_frames_are_short():
+    """More rows than may run: each still gets its turn, and the op refuses what does not fit."""
+    assert admission(frames=8, budget=6).waves([6] * 5) == [(row, row + 1) for row in range(5)]
+
+
 @settings(max_examples=100, deadline=None)
 @given(bounded(), st.integers(1, 10**4))
 def test_a_lone_row_always_fits(pool, tokens):

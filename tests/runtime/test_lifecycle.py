@@ -204,3 +204,30 @@ def test_pressure_ends_when_no_page_is_left_alive(how):
     fake.extend({row: SIZE * 2})
     fake.decode([row])
     assert not fake.cache.pressed
+
+
+def attended_by_a_short_row(*, beside_a_long_one: bool) -> set[int]:
+    """Pages that a row of 7 pages, all but its open one evicted, attends to under a recall cap of
+    one page and a budget of 8."""
+    config = ArkValeConfig(
+        page_size=SIZE, budget=SIZE * 8, sink_pages=1, recall_cap=1, dense_layers=0
+    )
+    fake = FakeEngine(config, pages=60, frames=18, layers=1)
+    short, long, other = (fake.add_row() for _ in range(3))
+    fake.extend({short: SIZE * 6 + 1})
+    fake.extend({long: SIZE * 9})
+    fake.extend({other: SIZE * 34})
+    for _ in range(40):
+        fake.decode([other])
+    fake.free(other)
+    fake.steps.clear()
+    fake.decode([short, long] if beside_a_long_one else [short])
+    (step,) = [step for step in fake.steps if step.row == short]
+    assert step.resident == {6}
+    return set(step.chosen)
+
+
+def test_the_recall_cap_treats_a_short_row_alike_whoever_it_is_batched_with():
+    """What a request attends to must not depend on the length of its neighbours."""
+    alone = attended_by_a_short_row(beside_a_long_one=False)
+    assert attended_by_a_short_row(beside_a_long_one=True) == alone

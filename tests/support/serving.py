@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import random
 import time
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ def prompt(tokens: int, seed: int) -> list[int]:
     return [rng.randrange(2, 258) for _ in range(tokens)]
 
 
-def generate(server: Server, tokens: list[int], new: int, **sampling: Any) -> dict[str, Any]:
-    """One greedy request with the log-probabilities of all its tokens."""
+def generate(
+    server: Server, tokens: list[int], new: int, prompt_logprobs: bool = False
+) -> dict[str, Any]:
+    """One greedy request with the log-probabilities of its new tokens, or of the prompt too
+    (SGLang then computes the whole prompt, cached or not)."""
     return server.post(
         "/generate",
         {
             "input_ids": tokens,
             "sampling_params": {
-                "max_new_tokens": new, "temperature": 0, "ignore_eos": True, **sampling,
+                "max_new_tokens": new, "temperature": 0, "ignore_eos": True,
             },
             "return_logprob": True,
-            "logprob_start_len": 0,
+            **({"logprob_start_len": 0} if prompt_logprobs else {}),
         },
     )  # fmt: skip
 
@@ -48,16 +52,25 @@ def logprobs(answer: dict[str, Any]) -> np.ndarray:
     return np.array([pair[0] for pair in pairs if pair[0] is not None])
 
 
+def flush(server: Server) -> bool:
+    """Ask for an empty cache; SGLang declines while requests run."""
+    try:
+        server.post("/flush_cache", {})
+    except urllib.error.HTTPError:
+        return False
+    return True
+
+
 def wait_idle(server: Server, seconds: float = 60.0) -> dict[str, Any]:
     """Wait until no request holds a page beyond the radix tree; returns the policy's report."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        answer = server.post("/flush_cache", {})
+        flush(server)
         report = server.arkvale()
         if report["logical_pages_used"] == 0:
             return report
         time.sleep(0.5)
-    raise AssertionError(f"the server is not idle: {answer} {report}")
+    raise AssertionError(f"the server is not idle: {report}")
 
 
 class Ruler:
