@@ -65,7 +65,7 @@ def make_model(
     config = AutoConfig.for_model(
         arch,
         vocab_size=vocabulary,
-        hidden_size=256,
+        hidden_size=heads * head_dim if arch == "qwen2" else 256,  # its head size is derived
         intermediate_size=512,
         num_hidden_layers=layers,
         num_attention_heads=heads,

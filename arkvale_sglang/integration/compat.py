@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import pkgutil
+import sys
 from typing import NamedTuple
 
 SUPPORTED = ("0.5.17", "0.5.23")
@@ -76,3 +77,12 @@ def exists(point: HookPoint) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
+
+
+def in_scheduler() -> bool:
+    """Whether this child process runs a scheduler; from 0.5.22 on the detokenizer asks too.
+
+    SGLang's entry of a scheduler process lives in the module looked for, and the detokenizer's
+    does not import it.
+    """
+    return "sglang.srt.managers.scheduler" in sys.modules

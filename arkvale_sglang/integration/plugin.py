@@ -24,7 +24,7 @@ def register() -> None:
     _hook(compat.CHECK_SERVER_ARGS, HookType.AFTER, _check_server_args)
     _teach_engine()
     config = flags.current_config()
-    if config is not None and not _parses_arguments():
+    if config is not None and not _parses_arguments() and compat.in_scheduler():
         from arkvale_sglang.integration import scheduler
 
         scheduler.install(config, _hook)

@@ -15,8 +15,8 @@ from support.serving import Ruler, generate, generate_together, prompt, wait_idl
 
 SLACK = 2.0
 """Partial results merged by log-sum-exp round once more than one pass does: twice the roundings."""
-FRAME_TOKENS = 1088
-BUDGET = 1024
+FRAME_TOKENS = 768
+BUDGET = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +34,19 @@ TIGHT = (
     "--arkvale-oversubscription", "8", "--arkvale-check-invariants", "--arkvale-dense-layers", "1",
 )  # fmt: skip
 PAGE_16 = (*TIGHT, "--page-size", "16", "--chunked-prefill-size", "48")
-PAGE_32 = (
-    *TIGHT,
-    "--page-size",
-    "32",
-    "--chunked-prefill-size",
-    "992",
-    "--disable-overlap-schedule",
-)
+PAGE_32 = (*TIGHT, "--chunked-prefill-size", "480", "--disable-overlap-schedule")
 GROUPS = (*TIGHT, "--arkvale-head-groups", "2", "--chunked-prefill-size", "320")
 ROOMY = ("--kv-policy", "arkvale", "--arkvale-budget", "16384", "--arkvale-host-memory", "0.25")
 
 SHAPES = [
     Shape("llama", 2, 64, (PAGE_16, GROUPS, ROOMY)),
     Shape("qwen2", 1, 64, (PAGE_32,)),
-    Shape("qwen3", 4, 128, (PAGE_16, PAGE_32)),
+    Shape("qwen3", 4, 128, (PAGE_16,)),
     Shape("mistral", 8, 64, (PAGE_32,)),
 ]
-TOGETHER = [prompt(length, seed) for seed, length in enumerate((700, 411, 902, 33, 640))]
+TOGETHER = [prompt(length, seed) for seed, length in enumerate((350, 211, 451, 33, 320))]
 LONG = prompt(4 * FRAME_TOKENS + 77, 100)
-TURNS = [(prompt(500, 200), prompt(60, 201)), (prompt(700, 202), prompt(45, 203))]
+TURNS = [(prompt(250, 200), prompt(60, 201)), (prompt(350, 202), prompt(45, 203))]
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.arch)
@@ -68,10 +61,13 @@ def sides(request, tiny, serve):
         server.stop()
 
 
-def assert_same(ruler: Ruler, tokens: list[int], expected: dict, found: dict) -> None:
-    assert found["output_ids"] == expected["output_ids"]
-    allowed = ruler.error(tokens, expected)
-    assert ruler.error(tokens, found) <= SLACK * allowed, f"stock errs by {allowed}"
+def assert_same(
+    ruler: Ruler, prompts: list[list[int]], expected: list[dict], found: list[dict]
+) -> None:
+    """Equal tokens, and the worst error of the requests within what stock's worst allows."""
+    assert [one["output_ids"] for one in found] == [one["output_ids"] for one in expected]
+    allowed, worst = (max(map(ruler.error, prompts, answers)) for answers in (expected, found))
+    assert worst <= SLACK * allowed, f"stock errs by {allowed}"
 
 
 def tight(server) -> bool:
@@ -80,17 +76,16 @@ def tight(server) -> bool:
 
 def test_requests_that_evict_each_other_in_every_step(sides):
     ruler, stock, servers = sides
-    expected = generate_together(stock, TOGETHER, 40)
+    expected = generate_together(stock, TOGETHER, 24)
     for server in servers:
-        found = generate_together(server, TOGETHER, 40)
-        for tokens, one, other in zip(TOGETHER, expected, found, strict=True):
-            assert_same(ruler, tokens, one, other)
+        found = generate_together(server, TOGETHER, 24)
+        assert_same(ruler, TOGETHER, expected, found)
         report = server.arkvale()
         if tight(server):
-            # 40 steps, five rows whose pages exceed the frames: hundreds of recalls per lane.
+            # 24 steps, five rows whose pages exceed the frames: hundreds of recalls per lane.
             assert (
                 report["pages_recalled"]
-                > 40 * report["frames_total"] / report["settings"]["budget_pages"]
+                > 24 * report["frames_total"] / report["settings"]["budget_pages"]
             )
         else:
             assert report["pages_evicted"] == report["page_misses"] == 0
@@ -102,7 +97,7 @@ def test_a_prompt_four_times_the_frames_prefills_exactly(sides):
     expected = generate(stock, LONG, 1, prompt_logprobs=True)
     for server in servers:
         found = generate(server, LONG, 1, prompt_logprobs=True)
-        assert_same(ruler, LONG, expected, found)
+        assert_same(ruler, [LONG], [expected], [found])
 
 
 def test_follow_up_turns_on_evicted_prefixes(sides):
@@ -114,12 +109,12 @@ def test_follow_up_turns_on_evicted_prefixes(sides):
         for chat, (_, second) in zip(chats, TURNS, strict=True):
             chat += second
     assert all(chats == history[stock] for chats in history.values())
-    for index, tokens in enumerate(history[stock]):
-        expected = generate(stock, tokens, 30)
-        for server in servers:
-            found = generate(server, history[server][index], 30)
-            assert found["meta_info"]["cached_tokens"] > 0 or not tight(server)
-            assert_same(ruler, tokens, expected, found)
+    prompts = history[stock]
+    expected = [generate(stock, tokens, 24) for tokens in prompts]
+    for server in servers:
+        found = [generate(server, tokens, 24) for tokens in prompts]
+        assert all(answer["meta_info"]["cached_tokens"] >= 240 for answer in found)
+        assert_same(ruler, prompts, expected, found)
 
 
 def test_everything_is_given_back(sides):

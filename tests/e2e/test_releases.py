@@ -11,12 +11,12 @@ from support.serving import generate, generate_together, prompt, wait_idle
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = ("0.5.17", "0.5.23")
 POLICY = (
-    "--kv-policy", "arkvale", "--arkvale-budget", "1024", "--arkvale-device-tokens", "1088",
+    "--kv-policy", "arkvale", "--arkvale-budget", "512", "--arkvale-device-tokens", "768",
     "--arkvale-host-memory", "0.25", "--arkvale-oversubscription", "4",
     "--arkvale-check-invariants", "--arkvale-dense-layers", "1", "--chunked-prefill-size", "256",
 )  # fmt: skip
-TOGETHER = [prompt(length, 400 + length) for length in (600, 350, 800)]
-LONG = prompt(4500, 450)
+TOGETHER = [prompt(length, 400 + length) for length in (300, 210, 400)]
+LONG = prompt(2300, 450)
 
 
 @pytest.mark.parametrize("release", RELEASES)

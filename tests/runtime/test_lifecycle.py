@@ -182,7 +182,7 @@ class Lifecycle(RuleBasedStateMachine):
 
 TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(
-    max_examples=60,
+    max_examples=45,
     stateful_step_count=30,
     deadline=None,
     derandomize=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import random
 import time
 import urllib.error
@@ -26,23 +25,20 @@ def generate(
 ) -> dict[str, Any]:
     """One greedy request with the log-probabilities of its new tokens, or of the prompt too
     (SGLang then computes the whole prompt, cached or not)."""
-    return server.post(
-        "/generate",
-        {
-            "input_ids": tokens,
-            "sampling_params": {
-                "max_new_tokens": new, "temperature": 0, "ignore_eos": True,
-            },
-            "return_logprob": True,
-            **({"logprob_start_len": 0} if prompt_logprobs else {}),
-        },
-    )  # fmt: skip
+    return generate_together(server, [tokens], new, prompt_logprobs)[0]
 
 
-def generate_together(server: Server, prompts: list[list[int]], new: int) -> list[dict[str, Any]]:
-    """The same for several requests at once."""
-    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda tokens: generate(server, tokens, new), prompts))
+def generate_together(
+    server: Server, prompts: list[list[int]], new: int, prompt_logprobs: bool = False
+) -> list[dict[str, Any]]:
+    """The same for several requests, sent as one so that they run side by side."""
+    body = {
+        "input_ids": prompts,
+        "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
+        "return_logprob": True,
+        **({"logprob_start_len": 0} if prompt_logprobs else {}),
+    }
+    return server.post("/generate", body)
 
 
 def logprobs(answer: dict[str, Any]) -> np.ndarray:
