@@ -61,7 +61,12 @@ def fingerprint(release: str | None, gpu: bool) -> str:
     """Changes when the environment must be made anew."""
     digest = hashlib.sha256(f"{sys.version} {release} {gpu} {ROOT}".encode())
     for path in sorted(
-        [*REQUIREMENTS.glob("*.txt"), *ROOT.glob("patches/*.py"), ROOT / "pyproject.toml"]
+        [
+            *REQUIREMENTS.glob("*.txt"),
+            *ROOT.glob("patches/*.py"),
+            Path(__file__),
+            ROOT / "pyproject.toml",
+        ]
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -71,7 +76,7 @@ def overlay(path: Path) -> None:
     """Let the environment see the libraries of .venv behind its own."""
     base = next((ROOT / ".venv").glob("lib/python*/site-packages"))
     site = next(path.glob("lib/python*/site-packages"))
-    (site / "libraries-of-base.pth").write_text(f"{base}\n")
+    (site / "00-base.pth").write_text(f"{base}\n")  # first: the finders below import from it
     for finder in base.glob("__editable__*arkvale*.pth"):
         shutil.copy(finder, site / finder.name)
 

@@ -47,7 +47,8 @@ class ArkValeConfig:
     device_tokens: int | None = None
     """Tokens held by the frames of one lane; ``None`` sizes them from the device memory."""
     recall_cap: int | None = None
-    """Most pages recalled per request, lane and step; ``None`` means no cap."""
+    """Most pages recalled by score per request, lane and step; ``None`` means no cap.  Sinks, the
+    window and requests within their budget are always whole."""
     oversubscription: float = 1.0
     """Frames promised to running requests per frame that exists; above 1 the rows of a batch
     that do not fit together attend in turns within a step, recalling what they lost."""

@@ -67,7 +67,11 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     (
         "recall_cap",
-        {"type": int, "help": "most pages recalled per request, lane and step (default: none)"},
+        {
+            "type": int,
+            "help": "most pages recalled by score per request, lane and step; requests within "
+            "their budget stay exact (default: none)",
+        },
     ),
     (
         "oversubscription",

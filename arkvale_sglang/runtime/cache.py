@@ -44,6 +44,8 @@ class PagedCache:
     def release(self, pages: torch.Tensor) -> None:
         """Queue dead logical pages ``[pages]``; they keep their frames until the next step."""
         self._dead.append(pages)
+        if self.live_pages() == 0:
+            self.reset()
 
     def reset(self) -> None:
         """Forget every page at the next step; pages queued so far need no further word."""
@@ -54,7 +56,7 @@ class PagedCache:
         """Apply queued releases.  Call on the forward stream, between passes."""
         if self._forget:
             self.store.reset()
-            self._forget = False
+            self._forget = self.pressed = False
         if self._dead:
             dead = torch.cat(self._dead).long()
             self._dead.clear()
@@ -65,8 +67,7 @@ class PagedCache:
         """Start a forward pass: apply releases, advance the clock, note the pressure."""
         self.settle()
         self.clock += 1
-        live = self.live_pages()
-        self.pressed = live > self.plan.frames or (self.pressed and live > 0)
+        self.pressed = self.pressed or self.live_pages() > self.plan.frames
 
     def lane_pages(self, pages: torch.Tensor) -> torch.Tensor:
         """Logical pages ``[rows, ...]`` int32 -> lane pages ``[rows * groups, ...]``; 0 stays 0."""

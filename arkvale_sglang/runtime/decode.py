@@ -117,7 +117,7 @@ def _plan_wave(
     lane_pages = cache.lane_pages(pages[start:stop, :width])
     counts = counts[start:stop].repeat_interleave(groups)
     attended = lengths[start:stop].repeat_interleave(groups)
-    common, ranking = _common(host_lengths[start:stop]), None
+    common, ranking = None if cache.pressed else _common(host_lengths[start:stop]), None
     if width > budget:
         common, ranking = None, rank_rows(cache.config, counts, width)
         attended = attended - (counts - budget).clamp(min=0) * cache.config.page_size

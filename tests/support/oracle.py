@@ -78,7 +78,8 @@ def select(
         ranked = forced + others
     missing = [page for page in wanted if page not in resident]
     if cap is not None:
-        missing = missing[:cap]
+        scored = [page for page in missing if pages > budget and page not in forced]
+        missing = [page for page in missing if page not in scored[cap:]]
     chosen = [page for page in wanted if page in resident or page in missing]
     for page in ranked:
         if len(chosen) >= budget - 1:

@@ -45,7 +45,7 @@ def select_pages(
         open_index: ``[rows, 2]`` int64: where the open page stands in ``lane_pages``, and where
             it goes in the result (one less than the length of the row's list).
         budget: length of the result, the open page included.
-        recall_cap: most pages a row may recall, or ``None``.
+        recall_cap: most pages a row may recall beside those that score +inf, or ``None``.
 
     Raises:
         ValueError: shapes that do not fit together, or a budget below one page.

@@ -22,10 +22,10 @@ def select_pages(
     """See :func:`arkvale_kernels.select.api.select_pages`."""
     rows, pages = scores.shape
     ranked = min(budget - 1, pages)
-    leaders = scores.topk(ranked, dim=1).indices
+    leading, leaders = scores.topk(ranked, dim=1)
     must = torch.arange(ranked, device=scores.device) < must_counts
     if recall_cap is not None:
-        missing = must & ~resident.gather(1, leaders)
+        missing = must & ~resident.gather(1, leaders) & (leading < torch.inf)
         must = must & ~(missing & (missing.cumsum(1) > recall_cap))
     allowed = resident.scatter(1, leaders, must | resident.gather(1, leaders))
     best = scores.masked_fill(~allowed, -torch.inf).topk(ranked, dim=1)
