@@ -95,6 +95,7 @@ def main() -> int:
     stamp, wanted = path / ".ready", fingerprint(release, gpu)
     if stamp.exists() and stamp.read_text() == wanted:
         return 0
+    stamp.unlink(missing_ok=True)  # what was complete is not while it is made anew
     begin = time.monotonic()
     print(f"setting up {path.name} ({'CUDA' if gpu else 'CPU'} profile)", flush=True)
     if not (path / "bin/python").exists():

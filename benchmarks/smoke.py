@@ -135,6 +135,11 @@ def conditions() -> dict:
     }
 
 
+def record(rounds: int, rows: list[dict]) -> dict:
+    """What is written: the figures and all that they belong to."""
+    return {**conditions(), "rounds": rounds, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -154,7 +159,7 @@ def main() -> None:
     if not counters["pages_evicted"] or not counters["pages_recalled"]:
         raise SystemExit("error: nothing was evicted and recalled; the measurement is void.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**conditions(), "rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps(record(options.rounds, rows), indent=1) + "\n")
     print(f"\n{'case':20s} {'stock ms':>10s} {'arkvale ms':>11s} {'ratio':>7s}   spread")
     for row in rows:
         print(

@@ -8,6 +8,7 @@ Without ``--model-path`` it serves the small random model.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,21 @@ SMALL = [
 BODY = '{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}'
 
 
+def named(flags: list[str]) -> argparse.Namespace:
+    """Model and port among the flags, in any form that SGLang's parser takes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-path", "--model")
+    parser.add_argument("--port")
+    return parser.parse_known_args(flags)[0]
+
+
 def main() -> int:
     flags = sys.argv[1:]
-    if "--model-path" not in flags:
+    if named(flags).model_path is None:
         flags += ["--model-path", str(make_model(BUILD / "tiny_model")), *SMALL]
-    if "--port" not in flags:
+    if named(flags).port is None:
         flags += ["--port", str(free_port())]
-    url = f"http://127.0.0.1:{flags[flags.index('--port') + 1]}"
+    url = f"http://127.0.0.1:{named(flags).port}"
     print(
         "starting; once the log says the server is ready, try\n\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d "

@@ -10,6 +10,8 @@ from typing import Any
 
 PAGE_SIZES = (16, 32, 64)
 DIGESTS = ("cuboid-mean", "cuboid-max", "cuboid-center", "mean-std")
+DIGEST_DTYPES = ("auto", "fp8")
+ATTENTIONS = ("flashinfer", "triton")
 HEAD_REDUCES = ("mean", "max", "softmax-mean")
 DEFAULT_PAGE_SIZE = 32
 PAPER_TOP_K = 1280
@@ -37,6 +39,8 @@ class ArkValeConfig:
     window_pages: int = 2
     """Most recent pages, always attended; counts the page being written."""
     digest: str = "cuboid-mean"
+    digest_dtype: str = "auto"
+    """``auto`` stores digests as the keys are, ``fp8`` in half or a quarter of the bytes."""
     head_groups: int = 1
     """Lanes per layer: groups of KV heads that choose their own pages."""
     head_reduce: str = "mean"
@@ -52,6 +56,8 @@ class ArkValeConfig:
     oversubscription: float = 1.0
     """Frames promised to running requests per frame that exists; above 1 the rows of a batch
     that do not fit together attend in turns within a step, recalling what they lost."""
+    attention: str | None = None
+    """Who attends on a GPU; ``None`` takes FlashInfer where it is installed and knows the shape."""
     page_size: int = DEFAULT_PAGE_SIZE
     check_invariants: bool = False
     """Check the tables whenever the server is idle and stop it on the first violation."""
@@ -63,6 +69,15 @@ class ArkValeConfig:
                 f"set --page-size to one of {', '.join(map(str, PAGE_SIZES))}",
             )
         _check_choice("--arkvale-digest", self.digest, DIGESTS)
+        _check_choice("--arkvale-digest-dtype", self.digest_dtype, DIGEST_DTYPES)
+        if self.attention is not None:
+            _check_choice("--arkvale-attention", self.attention, ATTENTIONS)
+        if self.attention == "flashinfer" and self.recall_cap is not None:
+            _refuse(
+                "--arkvale-recall-cap leaves lists of differing lengths, and FlashInfer plans on "
+                "lengths",
+                "use --arkvale-attention triton with it",
+            )
         _check_choice("--arkvale-head-reduce", self.head_reduce, HEAD_REDUCES)
         for flag, value, least in (
             ("--arkvale-sink-pages", self.sink_pages, 0),

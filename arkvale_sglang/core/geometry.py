@@ -25,6 +25,8 @@ class PageGeometry:
     groups: int
     """Lanes per managed layer."""
     dtype: torch.dtype
+    digest_dtype: torch.dtype | None = None
+    """Of the digests; ``None`` stores them as the keys are."""
 
     @property
     def managed_layers(self) -> int:
@@ -58,8 +60,9 @@ class PageGeometry:
 
     @property
     def page_digest_bytes(self) -> int:
-        """Digests of one logical page over all lanes: the page's bytes over the page size."""
-        return self.page_host_bytes // self.page_size
+        """Digests of one logical page over all lanes: two vectors per KV head."""
+        itemsize = (self.digest_dtype or self.dtype).itemsize
+        return self.lanes * 2 * self.lane_heads * self.head_dim * itemsize
 
     @property
     def page_table_bytes(self) -> int:

@@ -12,6 +12,8 @@ HOST_SHARE = 0.5
 """Share of the free host memory taken for backups when the user names no figure."""
 STAGING_TOKENS = 8192
 """Tokens of one layer that exact prefill stages at a time; bounds its device memory."""
+STAGING_BUFFERS = 2
+"""One is attended while the other is read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,10 @@ class PoolPlan:
 
     @property
     def staging_bytes(self) -> int:
-        """Most device memory exact prefill stages at once: K and V of one layer's block."""
+        """Most device memory exact prefill stages at once: K and V of a layer's blocks."""
         geometry = self.geometry
-        return STAGING_TOKENS // geometry.page_size * geometry.groups * geometry.lane_page_bytes
+        block = STAGING_TOKENS // geometry.page_size * geometry.groups * geometry.lane_page_bytes
+        return STAGING_BUFFERS * block
 
     @property
     def device_bytes(self) -> int:

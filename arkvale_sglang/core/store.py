@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from arkvale_kernels.residency import FREE, PINNED, Residency
+from arkvale_kernels.layout import FREE, PINNED, PagedLayer, Residency
 from arkvale_sglang.core.sizing import PoolPlan
-
-
-class ManagedLayer(NamedTuple):
-    """One managed layer: views into the store, by lane page and lane frame."""
-
-    k_frames: torch.Tensor
-    """``[lane frames + 1, page_size, lane heads, head_dim]``; the last row is scratch."""
-    v_frames: torch.Tensor
-    host: torch.Tensor
-    """``[lane pages, 2, page_size, lane heads, head_dim]``: the backups."""
-    digests: torch.Tensor
-    """``[lane pages, 2, lane heads, head_dim]``."""
-    residency: Residency
 
 
 class DenseLayer(NamedTuple):
@@ -53,7 +40,8 @@ class PageStore:
         allocate = functools.partial(_zeros, dtype=geometry.dtype, device=self.device)
         self.k_frames = allocate((layers, lane_frames, *page))
         self.v_frames = allocate((layers, lane_frames, *page))
-        self.digests = allocate((layers, lane_pages, 2, *page[1:]))
+        digest_dtype = geometry.digest_dtype or geometry.dtype
+        self.digests = _zeros((layers, lane_pages, 2, *page[1:]), digest_dtype, self.device)
         self.host = _host_zeros((layers, lane_pages, 2, *page), geometry.dtype, self.device)
         tables = functools.partial(torch.full, device=self.device)
         self.residency = Residency(
@@ -63,7 +51,7 @@ class PageStore:
         )
         self.sealed = torch.zeros(self.page_stride, dtype=torch.bool, device=self.device)
         self.managed = [
-            ManagedLayer(k, v, host, digests, Residency(*tables_of_layer))
+            PagedLayer(k, v, host, digests, Residency(*tables_of_layer))
             for k, v, host, digests, *tables_of_layer in zip(
                 self.k_frames, self.v_frames, self.host, self.digests, *self.residency, strict=True
             )
@@ -86,8 +74,12 @@ class PageStore:
         """Frames that hold a page, over all lanes (reads the device)."""
         return int((self.residency.page_in >= 0).sum())
 
-    def violations(self) -> list[str]:
-        """Laws of the tables that do not hold, one sentence each (reads the device)."""
+    def violations(self, live: Collection[int] | None = None) -> list[str]:
+        """Laws of the tables that do not hold, one sentence each (reads the device).
+
+        Args:
+            live: logical pages the engine has handed out; ``None`` if the caller cannot say.
+        """
         found = [
             f"layer {index}: {law}"
             for index, layer in enumerate(self.managed)
@@ -95,9 +87,12 @@ class PageStore:
         ]
         if self.sealed[0]:
             found.append("the padding page is sealed")
-        lane_frames = self.plan.geometry.groups * self.plan.frames + 1
-        if lane_frames != self.residency.page_in.shape[1]:
-            found.append("frames used and free do not add up")
+        if live is not None:
+            resident = (self.residency.frame_of >= 0).nonzero()[:, 1] % self.page_stride
+            sealed = self.sealed.nonzero()[:, 0]
+            for what, pages in (("resident", resident), ("sealed", sealed)):
+                if not set(pages.tolist()) <= {0, *live}:
+                    found.append(f"a {what} page is not live")
         return found
 
     def _broken(
@@ -116,6 +111,11 @@ class PageStore:
             yield "frames and pages are not paired one to one"
         if not torch.equal(pages // stride, frames // self.plan.frames):
             yield "a page holds a frame of another lane"
+        frames_per_lane = self.plan.frames
+        occupied, free = (page_in[:last] >= 0).long(), (heat[:last] == FREE).long()
+        lanes = (occupied + free).split(frames_per_lane)
+        if any(int(lane.sum()) != frames_per_lane for lane in lanes):
+            yield "frames used and free do not add up"
         if not torch.equal(heat[:last] == FREE, page_in[:last] < 0):
             yield "a free frame holds a page or a used one is free"
         if heat[last] != PINNED or page_in[last] != -1:

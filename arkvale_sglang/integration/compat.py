@@ -51,6 +51,10 @@ CHECK_POOLS = HookPoint(
     "sglang.srt.managers.scheduler_components.invariant_checker."
     "SchedulerInvariantChecker._check_all_pools"
 )
+_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+CAN_RUN_GRAPH = HookPoint(f"{_GRAPHS}.can_run_graph", ("forward_batch",))
+CAPTURE_GRAPH = HookPoint(f"{_GRAPHS}.capture_one_shape", ("size",))
+GRAPH_KEY = HookPoint(f"{_GRAPHS}._make_graph_key", ("size", "stream_idx", "variant_label"))
 FUSED_KV_WRITE = HookPoint("sglang.srt.models.utils.enable_fused_set_kv_buffer", ("forward_batch",))
 
 

@@ -7,6 +7,9 @@ itself, so the rest of SGLang is imported where it is needed.
 
 from __future__ import annotations
 
+import importlib
+import os
+
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -14,9 +17,20 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 
 def activate() -> str | None:
-    """Name the platform class where there is no accelerator; ``None`` elsewhere."""
-    accelerated = torch.cuda.is_available() or torch.xpu.is_available() or hasattr(torch, "npu")
-    return None if accelerated else f"{__name__}:CpuPlatform"
+    """Name the platform class where SGLang has no engine of its own; ``None`` elsewhere."""
+    accelerated = torch.accelerator.is_available() or hasattr(torch, "npu")
+    own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1" or _has_cpu_kernels()
+    return None if accelerated or own_engine else f"{__name__}:CpuPlatform"
+
+
+def _has_cpu_kernels() -> bool:
+    """Whether SGLang's CPU kernels are installed; its CUDA wheel has the same name but not the op
+    asked for, and may fail to load in any way on a machine without a GPU."""
+    try:
+        importlib.import_module("sgl_kernel")
+    except Exception:
+        return False
+    return hasattr(torch.ops.sgl_kernel, "convert_weight_packed")
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from arkvale_sglang.config.settings import (
+    ATTENTIONS,
     DEFAULT_PAGE_SIZE,
+    DIGEST_DTYPES,
     DIGESTS,
     HEAD_REDUCES,
     ArkValeConfig,
@@ -22,6 +24,8 @@ CONFIG_ENV = "ARKVALE_CONFIG"
 """Carries the settings to SGLang's child processes; unset means stock SGLang."""
 POLICIES = ("full", "arkvale")
 PREFIX = "arkvale_"
+BACKENDS = ("arkvale", "torch_native")
+"""Names the policy registers under: on an accelerator, and on a CPU."""
 Settings = MutableMapping[str, Any]
 
 _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -40,6 +44,19 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"type": int, "help": "most recent pages, always attended; counts the one being written"},
     ),
     ("digest", {"type": str, "choices": DIGESTS, "help": "how a page's keys are summarised"}),
+    (
+        "digest_dtype",
+        {"type": str, "choices": DIGEST_DTYPES, "help": "how digests are stored"},
+    ),
+    (
+        "attention",
+        {
+            "type": str,
+            "choices": ATTENTIONS,
+            "help": "who attends on a GPU (default: flashinfer where it is installed and knows "
+            "the model's shape, else triton)",
+        },
+    ),
     (
         "head_groups",
         {"type": int, "help": "groups of KV heads per layer that choose their own pages"},
@@ -96,6 +113,10 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("attn_cp_size", lambda value: value > 1, "context parallelism (--attn-cp-size)"),
     ("dcp_size", lambda value: value > 1, "decode context parallelism (--dcp-size)"),
     ("enable_dp_attention", bool, "DP attention (--enable-dp-attention)"),
+    ("attn_dp_size", lambda value: value > 1, "DP attention (--attn-dp-size)"),
+    ("dp_size", lambda value: value > 1, "several replicas in one server (--dp-size)"),
+    ("use_ray", bool, "Ray (--use-ray)"),
+    ("enable_streaming_session", bool, "streaming sessions (--enable-streaming-session)"),
     ("speculative_algorithm", bool, "speculative decoding (--speculative-algorithm)"),
     ("dllm_algorithm", bool, "diffusion decoding (--dllm-algorithm)"),
     ("enable_hierarchical_cache", bool, "HiCache (--enable-hierarchical-cache)"),
@@ -127,7 +148,10 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("kv_canary", lambda value: value != "none", "the KV canary (--kv-canary)"),
     ("prefill_only_disable_kv_cache", bool, "serving without a KV cache"),
 )
-"""SGLang features that own or move KV slots in ways the policy does not know yet."""
+"""SGLang features that own or move KV slots in ways the policy does not know yet, or whose
+processes would each take the host memory of the machine or miss the policy's settings."""
+_REMEDIES = {"dp_size": "run one server per replica behind SGLang's router"}
+"""What to do instead where it is more than turning the feature off."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -186,8 +210,9 @@ def take_policy(settings: Settings) -> ArkValeConfig | None:
     for name, is_set, feature in _REFUSED:
         value = settings.get(name)
         if value is not None and is_set(value):
+            remedy = _REMEDIES.get(name, "turn it off")
             raise ArkValeError(
-                f"--kv-policy arkvale does not work with {feature} yet; turn it off or serve with "
+                f"--kv-policy arkvale does not work with {feature} yet; {remedy} or serve with "
                 "--kv-policy full."
             )
     _set_engine(settings, page_size)
@@ -198,7 +223,7 @@ def take_policy(settings: Settings) -> ArkValeConfig | None:
 def _set_engine(settings: Settings, page_size: int) -> None:
     """Point SGLang at the policy's backend."""
     settings["page_size"] = page_size
-    backend = attention_backend()
+    backend = attention_backend(settings.get("device"))
     for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         value = settings.get(name)
         if value not in (None, backend):
@@ -209,17 +234,17 @@ def _set_engine(settings: Settings, page_size: int) -> None:
             )
     settings["attention_backend"] = backend
     if backend != "torch_native":
-        settings["disable_cuda_graph"] = True
         settings["disable_prefill_cuda_graph"] = True
 
 
-def attention_backend() -> str:
-    """The backend name the policy registers under.
+def attention_backend(device: str | None = None) -> str:
+    """The backend name the policy runs under on a device (``--device``; ``None`` if left open).
 
     On a CPU SGLang picks torch code paths by the name ``torch_native``, so the policy takes that
     name's place there.
     """
-    return "arkvale" if torch.cuda.is_available() else "torch_native"
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    return BACKENDS[0] if on_gpu else BACKENDS[1]
 
 
 def current_config() -> ArkValeConfig | None:

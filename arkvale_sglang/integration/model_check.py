@@ -11,6 +11,8 @@ from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.geometry import PageGeometry
 from arkvale_sglang.core.sizing import Memory, plan_pool
 
+FULL_ATTENTION = {"full_attention", "attention"}
+"""How model configurations call a layer that attends to everything before it."""
 UNKNOWN = 1 << 60
 """Device bytes beyond any device."""
 
@@ -21,22 +23,50 @@ def check_before_start(config: ArkValeConfig, server_args: Any) -> None:
     Raises:
         ArkValeError: the model or the machine cannot be served.
     """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch, ModelConfig
 
     model = ModelConfig.from_server_args(server_args)
     arch = model.attention_arch
     if arch != AttentionArch.MHA:
         raise _unsupported(f"{arch.name} attention")
-    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
-    if model.is_hybrid_swa or "sliding_attention" in layer_types:
+    others = _layer_types(model.hf_text_config) - FULL_ATTENTION
+    if model.is_hybrid_swa or "sliding_attention" in others:
         raise _unsupported("sliding-window layers")
+    if others:
+        raise _unsupported(f"{min(others)} layers beside full attention")
+    if mambaish_config(model) is not None:
+        raise _unsupported("linear-attention or state-space layers")
     if getattr(model, "is_encoder_decoder", False):
         raise _unsupported("an encoder")
+    if server_args.kv_cache_dtype in ("bf16", "bfloat16"):
+        check_kv_dtype(model.dtype, torch.bfloat16)
     geometry = geometry_of(config, model, model.num_hidden_layers, 1, model.dtype)
     host_free = psutil.virtual_memory().available
     # How much the device will hold is known once the weights are loaded, and checked then.
     memory = Memory(device=UNKNOWN, host_free=host_free, shared=False)
     plan_pool(config, geometry, memory, server_args.max_total_tokens)
+
+
+def _layer_types(text_config: Any) -> set[str]:
+    """Kinds of layers that a configuration lists; none where all layers are alike."""
+    names = ("layer_types", "layers_block_type")
+    return {str(kind) for name in names for kind in getattr(text_config, name, None) or ()}
+
+
+def check_kv_dtype(model: torch.dtype, cache: torch.dtype) -> None:
+    """Refuse a cache that would store keys and values in another type than the model computes.
+
+    Raises:
+        ArkValeError: the types differ.
+    """
+    if cache != model:
+        kept, computed = (str(dtype).removeprefix("torch.") for dtype in (cache, model))
+        raise ArkValeError(
+            f"the KV cache would be kept in {kept} by --kv-cache-dtype or the checkpoint but the "
+            f"model computes in {computed}, which --kv-policy arkvale cannot convert; make --dtype "
+            "and --kv-cache-dtype agree or use --kv-policy full."
+        )
 
 
 def check_loaded(model: torch.nn.Module) -> None:
@@ -73,6 +103,7 @@ def geometry_of(
         head_dim=model.head_dim,
         groups=config.head_groups,
         dtype=dtype,
+        digest_dtype=torch.float8_e4m3fn if config.digest_dtype == "fp8" else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class LogicalAllocator(paged.PagedTokenToKVPoolAllocator):
         """Logical pages handed out, to requests or to the radix tree."""
         return (self.size - self.available_size()) // self.page_size
 
+    def live_page_ids(self) -> set[int]:
+        """The same, one by one (reads the device)."""
+        free = [pages for pages in (self.free_pages, self.release_pages) if pages is not None]
+        return set(range(1, self.num_pages + 1)).difference(torch.cat(free).tolist())
+
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         super()._release_page_ids(*page_ids)
         for ids in page_ids:
@@ -91,6 +96,14 @@ def allocator_class(base: type[paged.PagedTokenToKVPoolAllocator]) -> type:
     if base is paged.PagedTokenToKVPoolAllocator:
         return LogicalAllocator
     return type("ArkValeAllocator", (LogicalAllocator, base), {})
+
+
+def expected_tokens(requests: Sequence[Any], ratio: float) -> Iterator[int]:
+    """Tokens that each request may come to hold, if it grows by a share of what it may still
+    generate."""
+    for request, held in zip(requests, tokens_of(requests), strict=True):
+        left = max(0, request.sampling_params.max_new_tokens - len(request.output_ids))
+        yield held + int(ratio * left)
 
 
 def tokens_of(requests: Iterable[Any]) -> list[int]:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
+import torch
 from sglang.srt.layers.attention import attention_registry
+from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.model_executor import pool_configurator
 from sglang.srt.platforms import current_platform
@@ -21,12 +23,15 @@ from sglang.srt.plugins.hook_registry import HookType
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.sizing import Memory, PoolPlan, plan_pool
 from arkvale_sglang.integration import compat, flags, model_check
-from arkvale_sglang.integration.backend import ArkValeBackend
-from arkvale_sglang.integration.pool import ArkValeKVPool, allocator_class, tokens_of
+from arkvale_sglang.integration.backend import ArkValeBackend, choose_attention
+from arkvale_sglang.integration.pool import ArkValeKVPool, allocator_class, expected_tokens
 from arkvale_sglang.policy.admission import FrameAdmission
 
 logger = logging.getLogger(__name__)
 Hook = Callable[[compat.HookPoint, HookType, Callable[..., Any]], None]
+ADD_REQUEST = compat.HookPoint(
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", ("req",)
+)
 
 
 def install(config: ArkValeConfig, hook: Hook) -> None:
@@ -40,13 +45,17 @@ def install(config: ArkValeConfig, hook: Hook) -> None:
     hook(compat.BUILD_ALLOCATOR, around, wiring.build_allocator)
     hook(compat.ALLOCATE_POOLS, after, wiring.check_pools)
     hook(compat.INIT_BACKENDS, after, wiring.check_backend)
-    hook(compat.PREFILL_BATCH, HookType.BEFORE, wiring.note_running)
-    hook(compat.ALLOCATABLE_REQUESTS, around, wiring.allocatable_requests)
+    hook(ADD_REQUEST, around, wiring.add_request)
     hook(compat.CHECK_DECODE_MEMORY, around, wiring.check_decode_memory)
     hook(compat.INTERNAL_STATE, after, wiring.internal_state)
     hook(compat.CHECK_POOLS, after, wiring.check_invariants)
     hook(compat.FUSED_KV_WRITE, HookType.REPLACE, _no_fused_kv_write)
-    attention_registry.ATTENTION_BACKENDS[flags.attention_backend()] = ArkValeBackend
+    if torch.cuda.is_available():
+        from arkvale_sglang.integration import cuda_graph
+
+        cuda_graph.install(hook)
+    for name in flags.BACKENDS:  # the device that decides between them is not known here
+        attention_registry.ATTENTION_BACKENDS[name] = ArkValeBackend
 
 
 @contextlib.contextmanager
@@ -89,6 +98,8 @@ class Configurator(pool_configurator.MemoryPoolConfigurator):
         """Size once more; SGLang asks several times and must get the same answer."""
         wiring, kvc = self._wiring, self._kvc
         model, layers = kvc.model_config, kvc.layer_info.num_effective_layers
+        with _one_sentence():
+            model_check.check_kv_dtype(model.dtype, kvc.kv_cache_dtype)
         geometry = model_check.geometry_of(wiring.config, model, layers, 1, kvc.kv_cache_dtype)
         memory = Memory(
             device=wiring.available_bytes,
@@ -109,7 +120,7 @@ class Wiring:
         self.host_free = psutil.virtual_memory().available
         self.plan: PoolPlan
         self.pool: ArkValeKVPool
-        self.running: Any = None
+        self.allocator: Any
 
     def create_configurator(self, original: Callable[..., Any], kvc: Any) -> Configurator:
         """Replace the sizing of SGLang's pool."""
@@ -155,7 +166,7 @@ class Wiring:
         base = PagedTokenToKVPoolAllocator
         if current_platform.is_out_of_tree():
             base = current_platform.get_paged_allocator_cls()
-        return allocator_class(base)(
+        self.allocator = allocator_class(base)(
             sizes.max_total_num_tokens,
             page_size=self.config.page_size,
             dtype=kvc.kv_cache_dtype,
@@ -163,11 +174,14 @@ class Wiring:
             kvcache=token_to_kv_pool,
             need_sort=False,
         )
+        return self.allocator
 
     def check_pools(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         """The self-check, first half: the pools that SGLang keeps are ours, and the model fits."""
         with _one_sentence():
             model_check.check_loaded(runner.model)
+            device = self.pool.cache.store.device
+            choose_attention(self.config, self.plan.geometry, device)
         pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
         if pool is not self.pool or getattr(allocator, "cache", None) is not self.pool.cache:
             raise RuntimeError(
@@ -186,25 +200,21 @@ class Wiring:
                 f"{type(backend).__name__}; remove other attention backend settings."
             )
 
-    def note_running(self, scheduler: Any, running_batch: Any) -> None:
-        """Keep the batch that admission counts; the scheduler's own attribute lags one pass."""
-        self.running = running_batch
+    def add_request(
+        self, original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Admit a waiting request only while the frames can serve all who then run.
 
-    def allocatable_requests(
-        self,
-        original: Callable[..., int],
-        scheduler: Any,
-        running_bs: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> int:
-        """Admit a request only while the frames can serve what it may ask for."""
-        admitted = original(scheduler, running_bs, *args, **kwargs)
-        requests = list(self.running.reqs)
-        if scheduler.chunked_req is not None and scheduler.chunked_req not in requests:
-            requests.append(scheduler.chunked_req)
-        room = self.pool.cache.admission.room(tokens_of(requests))
-        return admitted if room is None else min(admitted, room)
+        Each counts with the growth that SGLang itself expects of it; its estimate rises with every
+        retraction, so requests are not admitted only to be retracted a page later.  ``OTHER`` ends
+        the pass without marking the batch full: that mark would stay until a running request
+        leaves, and keep out shorter ones that come to the head of the queue meanwhile.
+        """
+        requests = (*adder.running_batch.reqs, *adder.can_run_list, req)
+        expected = expected_tokens(requests, adder.new_token_ratio)
+        if not self.pool.cache.admission.holds(expected):
+            return AddReqResult.OTHER
+        return original(adder, req, *args, **kwargs)
 
     def check_decode_memory(
         self, original: Callable[..., bool], batch: Any, selected_indices: list[int] | None = None
@@ -226,6 +236,7 @@ class Wiring:
         if not self.config.check_invariants:
             return result
         self.pool.cache.settle()
-        found = [f"arkvale: {violation}" for violation in self.pool.cache.store.violations()]
+        live = self.allocator.live_page_ids()
+        found = [f"arkvale: {violation}" for violation in self.pool.cache.store.violations(live)]
         leaked, messages = result
         return leaked or bool(found), [*messages, *found]

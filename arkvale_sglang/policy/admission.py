@@ -33,18 +33,11 @@ class FrameAdmission:
         """Frames that a request of so many tokens may ask for in one step."""
         return min(self.need_limit, -(-tokens // self._page_size))
 
-    def room(self, running_tokens: Iterable[int]) -> int | None:
-        """Requests that may join the running ones, whatever their length; ``None`` if unbounded.
-
-        An idle server always admits one.
-        """
-        if self._unbounded:
-            return None
-        needs = [self.need(tokens + 1) for tokens in running_tokens]
-        return max(0 if needs else 1, (self.promised - sum(needs)) // self.need_limit)
-
     def holds(self, running_tokens: Iterable[int]) -> bool:
-        """Whether the next step of these requests stays within the promise."""
+        """Whether the next step of these requests stays within the promise.
+
+        One alone always does, so an idle server admits whatever comes.
+        """
         if self._unbounded:
             return True
         needs = [self.need(tokens + 1) for tokens in running_tokens]

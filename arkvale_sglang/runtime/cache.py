@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from arkvale_kernels.digest import build_digests
-from arkvale_kernels.residency import PINNED, claim_frames, release_pages
-from arkvale_kernels.transfer import back_up_pages
+from arkvale_kernels.layout import PINNED, SCORE_BITS, SelectionRule
+from arkvale_kernels.residency import claim_frames, release_pages
 from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.sizing import PoolPlan
-from arkvale_sglang.core.store import ManagedLayer, PageStore
+from arkvale_sglang.core.store import PageStore
 from arkvale_sglang.policy.admission import FrameAdmission
+from arkvale_sglang.runtime.attention import Attention
 from arkvale_sglang.runtime.counters import Counters
+from arkvale_sglang.runtime.streams import PrefixReader, TransferStream
 
 
 class PagedCache:
@@ -29,7 +30,18 @@ class PagedCache:
         self.store = PageStore(plan, device)
         self.counters = Counters(plan, self.store.device)
         self.admission = FrameAdmission(config, plan)
+        self.attention = Attention()
+        self.transfers = TransferStream(self.store.device)
+        self.prefix = PrefixReader(self)
+        self.rule = SelectionRule(
+            config.budget_pages,
+            config.must_pages,
+            config.sink_pages,
+            config.window_pages,
+            config.recall_cap,
+        )
         self.clock = torch.zeros((), dtype=torch.int64, device=self.store.device)
+        self._clock_span = 1
         self.live_pages: Callable[[], int] = lambda: plan.logical_pages
         """Logical pages the engine has handed out; set by the engine's allocator."""
         self.pressed = False
@@ -65,9 +77,29 @@ class PagedCache:
 
     def begin_step(self) -> None:
         """Start a forward pass: apply releases, advance the clock, note the pressure."""
+        self.transfers.join()
         self.settle()
-        self.clock += 1
+        self.clock += self._clock_span
+        self._clock_span = 1
         self.pressed = self.pressed or self.live_pages() > self.plan.frames
+
+    def in_one_wave(self, host_lengths: list[int]) -> bool:
+        """Whether the next decode pass of rows of so many tokens can attend all at once."""
+        if not self.pressed and self.live_pages() <= self.plan.frames:
+            return True
+        page_counts = [-(-length // self.config.page_size) for length in host_lengths]
+        return len(self.admission.waves(page_counts)) == 1
+
+    def waves(self, page_counts: list[int]) -> list[tuple[int, int]]:
+        """Cut a batch into runs of rows that attend together; each has its own time."""
+        waves = self.admission.waves(page_counts) if self.pressed else [(0, len(page_counts))]
+        self._clock_span = len(waves)
+        return waves
+
+    def to_device(self, numbers: list[int]) -> torch.Tensor:
+        """Host numbers as int64, without waiting for the device."""
+        on_host = torch.tensor(numbers, pin_memory=self.store.device.type == "cuda")
+        return on_host.to(self.store.device, non_blocking=True)
 
     def lane_pages(self, pages: torch.Tensor) -> torch.Tensor:
         """Logical pages ``[rows, ...]`` int32 -> lane pages ``[rows * groups, ...]``; 0 stays 0."""
@@ -76,47 +108,20 @@ class PagedCache:
             return pages
         base = self._lane_base.view(groups, *[1] * (pages.dim() - 1))
         spread = pages.unsqueeze(1)
-        return torch.where(spread > 0, spread + base, 0).flatten(0, 1)
+        return torch.where(spread > 0, spread + base, 0).to(torch.int32).flatten(0, 1)
 
     def claim(self, pages: torch.Tensor, is_open: torch.Tensor, evicting: int) -> None:
         """Give new logical pages ``[pages]`` a frame in every lane; open ones ``[pages]`` stay.
 
         Only the first ``evicting`` pages may evict others.
         """
-        heat = torch.where(is_open, PINNED, self.clock << 32)
+        heat = torch.where(is_open, PINNED, self.clock << SCORE_BITS)
         groups = self.plan.geometry.groups
         evicted = claim_frames(
             self.store.residency, pages.long(), heat, groups=groups, evicting=evicting
         )
         if self.pressed:
             self.counters.add_evictions(evicted)
-
-    def mark_sealed(self, pages: torch.Tensor) -> None:
-        """Note logical pages ``[pages]`` int64 that this pass seals in every layer."""
-        self.store.sealed.index_fill_(0, pages, True)
-        self.counters.sealed += pages.shape[0]
-
-    def seal(
-        self, layer: ManagedLayer, lane_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
-        """Digest and back up full pages of one layer, once in their life.
-
-        Args:
-            lane_pages: ``[pages]`` int64; k, v: ``[pages, page_size, lane heads, head_dim]``.
-        """
-        layer.digests.index_copy_(0, lane_pages, build_digests(k, self.config.digest))
-        back_up_pages(layer.host, lane_pages, k, v)
-
-    def seal_frames(
-        self, layer: ManagedLayer, lane_pages: torch.Tensor, lane_frames: torch.Tensor
-    ) -> None:
-        """Seal open pages that just became full in their frames, which may leave from now on."""
-        k = layer.k_frames.index_select(0, lane_frames)
-        v = layer.v_frames.index_select(0, lane_frames)
-        self.seal(layer, lane_pages, k, v)
-        layer.residency.heat.index_copy_(
-            0, lane_frames.long(), (self.clock << 32).expand(lane_frames.shape[0])
-        )
 
     def page_table(
         self, slots: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor, pages: int
@@ -133,6 +138,7 @@ class PagedCache:
         """
         size = self.config.page_size
         table = slots[:, : pages * size : size].index_select(0, rows) >> (size.bit_length() - 1)
+        table = table.to(torch.int32)
         starts = torch.arange(0, table.shape[1] * size, size, device=table.device)
         return table.masked_fill_(starts >= lengths.unsqueeze(1), 0)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from arkvale_kernels.residency import COUNTED
 from arkvale_sglang.core.sizing import PoolPlan
-
-DEVICE_COUNTS = ("page_hits", "page_misses", "pages_recalled", "pages_evicted", "pages_refused")
-"""Columns counted on the device, per managed layer; the first five counts of a resolution."""
 
 
 class Counters:
@@ -19,7 +17,7 @@ class Counters:
     def __init__(self, plan: PoolPlan, device: torch.device):
         self._plan = plan
         self._device = torch.zeros(
-            plan.geometry.managed_layers, len(DEVICE_COUNTS), dtype=torch.int64, device=device
+            plan.geometry.managed_layers, len(COUNTED), dtype=torch.int64, device=device
         )
         self.sealed = 0
         """Logical pages sealed, hence digested and backed up once in every lane."""
@@ -28,19 +26,19 @@ class Counters:
         self.streamed = 0
         """Prefix tokens that prefill read back, per managed layer."""
 
-    def add_resolution(self, layer: int, counts: torch.Tensor) -> None:
-        """Add the ``[5]`` counts of one layer's resolution."""
-        self._device[layer] += counts
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """``[5]`` int64 totals of one layer, for the residency op to add to."""
+        return self._device[layer]
 
     def add_evictions(self, evicted: torch.Tensor) -> None:
         """Add ``[layers]`` pages evicted to make room for new pages."""
-        self._device[:, DEVICE_COUNTS.index("pages_evicted")] += evicted
+        self._device[:, COUNTED.index("pages_evicted")] += evicted
 
     def report(self) -> dict[str, int | float | list[dict[str, int]]]:
         """All totals by name, with bytes and the hit rate (reads the device)."""
         geometry = self._plan.geometry
         by_layer = self._device.tolist()
-        totals = dict(zip(DEVICE_COUNTS, map(sum, zip(*by_layer, strict=True)), strict=True))
+        totals = dict(zip(COUNTED, map(sum, zip(*by_layer, strict=True)), strict=True))
         totals["page_hits"] += self.resident_hits
         lane_pages = self.sealed * geometry.lanes
         wanted = totals["page_hits"] + totals["page_misses"]
@@ -53,5 +51,5 @@ class Counters:
             "bytes_recalled": totals["pages_recalled"] * geometry.lane_page_bytes,
             "bytes_backed_up": lane_pages * geometry.lane_page_bytes,
             "tokens_streamed": self.streamed,
-            "layers": [dict(zip(DEVICE_COUNTS, row, strict=True)) for row in by_layer],
+            "layers": [dict(zip(COUNTED, row, strict=True)) for row in by_layer],
         }

@@ -1,4 +1,4 @@
-"""One decode step: append, score, select, resolve, recall, attend (DESIGN section 3)."""
+"""One decode step: score, select, resolve, move, attend (DESIGN section 3)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import dataclasses
 import torch
 
 from arkvale_kernels.attend import attend_frames
-from arkvale_kernels.residency import resolve_pages
+from arkvale_kernels.layout import NewTokens, PagedLayer, Recalls
+from arkvale_kernels.residency import find_frames, resolve_pages
 from arkvale_kernels.score import score_pages
 from arkvale_kernels.select import select_pages
-from arkvale_kernels.transfer import recall_pages, write_tokens
-from arkvale_sglang.core.store import DenseLayer, ManagedLayer
-from arkvale_sglang.policy.ranking import Ranking, rank_rows
+from arkvale_kernels.transfer import move_pages, write_tokens
+from arkvale_sglang.core.store import DenseLayer
+from arkvale_sglang.runtime.attention import DecodeAttention
 from arkvale_sglang.runtime.cache import PagedCache
 
 
@@ -23,17 +24,20 @@ class Wave:
     A *lane row* is a row of the batch in one lane; rows are expanded lane-minor.
     """
 
-    rows: slice
-    """Of the batch."""
     lane_rows: slice
+    """Of the batch."""
     lane_pages: torch.Tensor
-    """``[lane rows, pages]`` int32, 0 beyond the end of a row."""
+    """``[lane rows, pages]`` int32, undefined beyond the end of a row."""
+    page_counts: torch.Tensor
+    """``[lane rows]`` int32 pages of each row, the open one included; 0 is inert."""
     lengths: torch.Tensor
-    """``[lane rows]`` int64 tokens in the row's list of attended pages."""
+    """``[lane rows]`` int32 tokens in the row's list of attended pages."""
     common_length: int | None
     """The length all rows share, when no entry of their lists can be empty."""
-    ranking: Ranking | None
-    """``None`` when every row is within its budget and attends to all its pages."""
+    over_budget: bool
+    """Whether some row must choose; else every row attends to all its pages."""
+    attention: DecodeAttention | None
+    """How the lists are attended; ``None`` for the op's own kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +45,24 @@ class DecodeStep:
     """Everything about a batch that is the same in every layer."""
 
     pages: torch.Tensor
-    """``[rows, pages]`` int32 logical pages."""
+    """``[rows, pages]`` int32 logical pages, undefined beyond the end of a row."""
     lengths: torch.Tensor
-    """``[rows]`` int64 tokens, the new one included."""
+    """``[rows]`` int32 tokens, the new one included."""
     common_length: int | None
     open_pages: torch.Tensor
     """``[rows]`` int32 logical page of the new token; ``open_lane_pages`` for each lane row."""
     open_lane_pages: torch.Tensor
     offsets: torch.Tensor
-    """``[lane rows]`` int64 place of the new token in its page."""
-    sealing: torch.Tensor | None
-    """``[pages]`` int64 lane pages that this token fills, or ``None``."""
+    """``[lane rows]`` int32 place of the new token in its page."""
+    pressed: bool
+    """Whether a page may lack its frame."""
     waves: list[Wave]
+    dense_attention: DecodeAttention | None
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing is chosen and nothing can be missing, so that tables are only read."""
+        return not self.pressed and not any(wave.over_budget for wave in self.waves)
 
 
 def plan_decode(
@@ -67,24 +77,24 @@ def plan_decode(
     Args:
         slots: the engine's ``[requests, tokens]`` int32 slot table; rows: ``[rows]`` int64 in it.
         lengths: ``[rows]`` int64 tokens of each row, the new one included; ``host_lengths`` the
-            same numbers on the host, so that shapes need no read of the device.
+            same numbers on the host, so that shapes need no read of the device.  0 is inert.
     """
     cache.begin_step()
     size = cache.config.page_size
+    lengths = lengths.to(torch.int32)
     page_counts = [-(-length // size) for length in host_lengths]
-    pages = cache.page_table(slots, rows, lengths, max(page_counts))
+    pages = cache.page_table(slots, rows, lengths, max(1, *page_counts))
     counts = (lengths + (size - 1)) >> (size.bit_length() - 1)
-    open_pages = pages.gather(1, (counts - 1).unsqueeze(1)).squeeze(1)
+    open_pages = pages.gather(1, (counts - 1).clamp(min=0).long().unsqueeze(1)).squeeze(1)
+    offsets = (lengths - 1) & (size - 1)
     opening = [row for row, length in enumerate(host_lengths) if length % size == 1]
     if opening:
-        fresh = open_pages[opening]
+        fresh = open_pages.index_select(0, cache.to_device(opening))
         cache.claim(fresh, torch.ones_like(fresh, dtype=torch.bool), evicting=len(opening))
-    filled = [row for row, length in enumerate(host_lengths) if length % size == 0]
-    sealing = None
-    if filled:
-        sealing = open_pages[filled].long()
-        cache.mark_sealed(sealing)
-        sealing = cache.lane_pages(sealing)
+    full = sum(length % size == 0 for length in host_lengths if length)
+    if full:
+        cache.store.sealed.index_copy_(0, open_pages.long(), offsets == size - 1)
+        cache.counters.sealed += full
     groups = cache.plan.geometry.groups
     return DecodeStep(
         pages=pages,
@@ -92,12 +102,15 @@ def plan_decode(
         common_length=_common(host_lengths),
         open_pages=open_pages,
         open_lane_pages=cache.lane_pages(open_pages),
-        offsets=((lengths - 1) & (size - 1)).repeat_interleave(groups),
-        sealing=sealing,
+        offsets=offsets.repeat_interleave(groups),
+        pressed=cache.pressed,
         waves=[
-            _plan_wave(cache, pages, counts, lengths, page_counts, host_lengths, start, stop)
-            for start, stop in cache.admission.waves(page_counts)
+            _plan_wave(cache, pages, counts, lengths, host_lengths, slice(*rows_of), number)
+            for number, rows_of in enumerate(cache.waves(page_counts))
         ],
+        dense_attention=(
+            cache.attention.plan_dense(host_lengths, pages, counts) if cache.store.dense else None
+        ),
     )
 
 
@@ -106,32 +119,34 @@ def _plan_wave(
     pages: torch.Tensor,
     counts: torch.Tensor,
     lengths: torch.Tensor,
-    page_counts: list[int],
     host_lengths: list[int],
-    start: int,
-    stop: int,
+    rows: slice,
+    number: int,
 ) -> Wave:
-    """Rows ``start`` to ``stop`` of the batch."""
-    groups, budget = cache.plan.geometry.groups, cache.config.budget_pages
-    width = max(page_counts[start:stop])
-    lane_pages = cache.lane_pages(pages[start:stop, :width])
-    counts = counts[start:stop].repeat_interleave(groups)
-    attended = lengths[start:stop].repeat_interleave(groups)
-    common, ranking = None if cache.pressed else _common(host_lengths[start:stop]), None
-    if width > budget:
-        common, ranking = None, rank_rows(cache.config, counts, width)
-        attended = attended - (counts - budget).clamp(min=0) * cache.config.page_size
-    else:
-        cache.counters.resident_hits += (
-            0 if cache.pressed else sum(page_counts[start:stop]) * cache.plan.geometry.lanes
-        )
+    groups, budget, size = cache.plan.geometry.groups, cache.config.budget, cache.config.page_size
+    own = host_lengths[rows]
+    page_counts = [-(-length // size) for length in own]
+    width = max(1, *page_counts)
+    over_budget = width > cache.config.budget_pages
+    counts = counts[rows].repeat_interleave(groups)
+    attended = lengths[rows].repeat_interleave(groups)
+    if over_budget:
+        attended = attended - (counts - cache.config.budget_pages).clamp(min=0) * size
+    elif not cache.pressed:
+        cache.counters.resident_hits += sum(page_counts) * cache.plan.geometry.lanes
+    full = over_budget or cache.pressed
+    kept = [
+        length - max(0, pages * size - budget)
+        for length, pages in zip(own, page_counts, strict=True)
+    ]
     return Wave(
-        rows=slice(start, stop),
-        lane_rows=slice(start * groups, stop * groups),
-        lane_pages=lane_pages,
+        lane_rows=slice(rows.start * groups, rows.stop * groups),
+        lane_pages=cache.lane_pages(pages[rows, :width]),
+        page_counts=counts,
         lengths=attended,
-        common_length=common,
-        ranking=ranking,
+        common_length=None if full else _common(own),
+        over_budget=over_budget,
+        attention=cache.attention.plan_lanes(kept, number),
     )
 
 
@@ -159,75 +174,80 @@ def decode_managed(
     """
     layer = cache.store.managed[index]
     lane_rows = step.offsets.shape[0]
-    frame_of = layer.residency.frame_of
-    open_frames = frame_of.index_select(0, step.open_lane_pages)
     heads = layer.k_frames.shape[2:]
-    write_tokens(
-        layer.k_frames,
-        layer.v_frames,
-        open_frames,
-        step.offsets,
-        k.view(lane_rows, *heads),
-        v.view(lane_rows, *heads),
+    new: NewTokens | None = NewTokens(
+        step.open_lane_pages, step.offsets, k.view(lane_rows, *heads), v.view(lane_rows, *heads)
     )
-    if step.sealing is not None:
-        cache.seal_frames(layer, step.sealing, frame_of.index_select(0, step.sealing))
     lane_query = query.view(lane_rows, -1, query.shape[-1])
     outputs: list[torch.Tensor] = []
-    for wave in step.waves:
-        if outputs:
-            cache.clock += 1  # what earlier waves used in this step may leave now
+    for number, wave in enumerate(step.waves):
+        # What earlier waves used in this step may leave now.
+        clock = cache.clock + number if number else cache.clock
         rows = lane_query[wave.lane_rows]
-        outputs.append(_attend_wave(cache, index, layer, wave, rows, scaling))
+        if step.pressed or wave.over_budget:
+            lane_frames, recalls = _choose(cache, index, wave, rows, clock, scaling)
+        else:
+            lane_frames, recalls = _look_up(layer, wave), None
+        move_pages(layer, new, recalls, clock, digest=cache.config.digest)
+        new = None
+        outputs.append(_attend(layer, wave, rows, lane_frames, scaling))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out.view(query.shape)
 
 
-def _attend_wave(
+def _choose(
     cache: PagedCache,
     index: int,
-    layer: ManagedLayer,
     wave: Wave,
     query: torch.Tensor,
+    clock: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, Recalls]:
+    """Frames of the pages that the wave attends to, and which of them must be filled first."""
+    layer, rule = cache.store.managed[index], cache.rule
+    lane_pages, scores = wave.lane_pages, None
+    if wave.over_budget:
+        ranked = score_pages(
+            query,
+            layer.digests,
+            layer.residency.frame_of,
+            lane_pages,
+            wave.page_counts,
+            rule,
+            head_reduce=cache.config.head_reduce,
+            scaling=scaling,
+        )
+        lane_pages, scores = select_pages(ranked, lane_pages, wave.page_counts, rule)
+    return resolve_pages(
+        layer.residency,
+        lane_pages,
+        scores,
+        clock,
+        cache.counters.of_layer(index),
+        groups=cache.plan.geometry.groups,
+        lists=wave.attention.lists if wave.attention else None,
+    )
+
+
+def _look_up(layer: PagedLayer, wave: Wave) -> torch.Tensor:
+    return find_frames(
+        layer.residency.frame_of,
+        wave.lane_pages,
+        wave.page_counts,
+        scratch=layer.k_frames.shape[0] - 1,
+        lists=wave.attention.lists if wave.attention else None,
+    )
+
+
+def _attend(
+    layer: PagedLayer,
+    wave: Wave,
+    query: torch.Tensor,
+    lane_frames: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Choose, recall and attend for the lane rows of one wave."""
-    frame_of = layer.residency.frame_of
-    lane_pages, scores = wave.lane_pages, None
-    if wave.ranking is not None:
-        ranking = wave.ranking
-        resident = frame_of.index_select(0, lane_pages.reshape(-1)).view(lane_pages.shape) >= 0
-        lane_pages, scores = select_pages(
-            score_pages(
-                query,
-                layer.digests,
-                lane_pages,
-                ranking.bias,
-                head_reduce=cache.config.head_reduce,
-                scaling=scaling,
-            ),
-            lane_pages,
-            resident,
-            ranking.must_counts,
-            ranking.open_index,
-            budget=cache.config.budget_pages,
-            recall_cap=cache.config.recall_cap,
-        )
-    if wave.ranking is None and not cache.pressed:
-        lane_frames = frame_of.index_select(0, lane_pages.reshape(-1)).view(lane_pages.shape)
-    else:
-        resolved = resolve_pages(
-            layer.residency, lane_pages, scores, cache.clock, groups=cache.plan.geometry.groups
-        )
-        recall_pages(
-            layer.k_frames,
-            layer.v_frames,
-            layer.host,
-            resolved.recall_pages,
-            resolved.recall_frames,
-        )
-        cache.counters.add_resolution(index, resolved.counts)
-        lane_frames = resolved.lane_frames
+    if wave.attention is not None:
+        return wave.attention.run(query, layer.k_frames, layer.v_frames, scaling)
     return attend_frames(
         query,
         layer.k_frames,
@@ -236,7 +256,7 @@ def _attend_wave(
         wave.lengths,
         scaling=scaling,
         common_length=wave.common_length,
-    )
+    )[0]
 
 
 def decode_dense(
@@ -249,7 +269,10 @@ def decode_dense(
     scaling: float,
 ) -> torch.Tensor:
     """Decode attention of one unmanaged layer over all its pages; shapes as the managed one's."""
-    write_tokens(layer.k_frames, layer.v_frames, step.open_pages, step.offsets[::groups], k, v)
+    offsets = step.offsets[::groups].contiguous()
+    write_tokens(layer.k_frames, layer.v_frames, step.open_pages, offsets, k, v)
+    if step.dense_attention is not None:
+        return step.dense_attention.run(query, layer.k_frames, layer.v_frames, scaling)
     return attend_frames(
         query,
         layer.k_frames,
@@ -258,4 +281,4 @@ def decode_dense(
         step.lengths,
         scaling=scaling,
         common_length=step.common_length,
-    )
+    )[0]

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 
-from arkvale_kernels.attend import attend_chunk, attend_part, merge_parts
-from arkvale_kernels.transfer import gather_pages, write_tokens
+from arkvale_kernels.attend import merge_parts
+from arkvale_kernels.layout import PagedLayer
+from arkvale_kernels.transfer import seal_frames, seal_pages, write_tokens
 from arkvale_sglang.core.sizing import STAGING_TOKENS
-from arkvale_sglang.core.store import DenseLayer, ManagedLayer
+from arkvale_sglang.core.store import DenseLayer
+from arkvale_sglang.runtime.attention import Attention
 from arkvale_sglang.runtime.cache import PagedCache
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefixBlock:
-    """Pages of a prefix that are staged together; only the last may hold fewer tokens."""
-
-    pages: torch.Tensor
-    """``[pages]`` int32 logical pages, and their ``lane_pages`` ``[pages * groups]``."""
-    lane_pages: torch.Tensor
-    tokens: int
+from arkvale_sglang.runtime.streams import PrefixBlock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +39,12 @@ class ExtendStep:
     """``[loose]`` int64 tokens in pages that this chunk does not hold whole."""
     loose_lane_pages: torch.Tensor
     """``[loose * groups]`` int32."""
-    whole: torch.Tensor
-    """``[pages * page_size]`` int64 tokens of the pages that this chunk holds whole."""
+    first_tokens: torch.Tensor
+    """``[pages]`` int64 first token of every page that this chunk holds whole."""
     whole_lane_pages: torch.Tensor
-    """``[pages * groups]`` int64."""
+    """``[pages * groups]`` int32."""
     topped_up: torch.Tensor | None
-    """``[pages]`` int64 lane pages begun by an earlier pass and filled by this one."""
+    """``[pages]`` int32 lane pages begun by an earlier pass and filled by this one."""
 
 
 def plan_extend(
@@ -69,14 +63,13 @@ def plan_extend(
         prefix_lengths, chunk_lengths: tokens of each row before and in this pass.
     """
     cache.begin_step()
-    size = cache.config.page_size
-    device = slots.device
+    size, device = cache.config.page_size, slots.device
     ends = [prefix + chunk for prefix, chunk in zip(prefix_lengths, chunk_lengths, strict=True)]
     lengths = torch.tensor(ends, device=device)
     pages = cache.page_table(slots, rows, lengths, -(-max(ends) // size))
     _claim_new_pages(cache, pages, prefix_lengths, ends)
 
-    sequences, whole, whole_pages, loose, topped_up = [], [], [], [], []
+    sequences, first_tokens, whole_pages, loose, topped_up = [], [], [], [], []
     start = 0
     for row, (prefix, end) in enumerate(zip(prefix_lengths, ends, strict=True)):
         stop = start + end - prefix
@@ -86,16 +79,17 @@ def plan_extend(
         if first * size > prefix and first <= last:
             topped_up.append(pages[row, first - 1 : first])
         if first < last:
-            whole.append(torch.arange(first * size + shift, last * size + shift, device=device))
+            first_tokens.append(
+                torch.arange(first * size + shift, last * size + shift, size, device=device)
+            )
             whole_pages.append(pages[row, first:last])
         head, tail = min(first * size, end), max(last * size, prefix)
         loose.append(torch.arange(prefix + shift, head + shift, device=device))
         if first <= last:
             loose.append(torch.arange(tail + shift, end + shift, device=device))
         start = stop
-    sealed = [*whole_pages, *topped_up]
-    if sealed:
-        cache.mark_sealed(torch.cat(sealed).long())
+    _note_sealed(cache, [*whole_pages, *topped_up])
+    cache.prefix.start([block for sequence in sequences for block in sequence.prefix])
     token_pages = (new_slots >> (size.bit_length() - 1)).to(torch.int32)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     loose_tokens = torch.cat(loose)
@@ -105,10 +99,19 @@ def plan_extend(
         offsets=new_slots & (size - 1),
         loose=loose_tokens,
         loose_lane_pages=cache.lane_pages(token_pages.index_select(0, loose_tokens)),
-        whole=torch.cat(whole) if whole else none,
-        whole_lane_pages=cache.lane_pages(torch.cat(whole_pages).long()) if whole else none,
-        topped_up=cache.lane_pages(torch.cat(topped_up).long()) if topped_up else None,
+        first_tokens=torch.cat(first_tokens) if first_tokens else none,
+        whole_lane_pages=cache.lane_pages(torch.cat(whole_pages)) if whole_pages else none,
+        topped_up=cache.lane_pages(torch.cat(topped_up)) if topped_up else None,
     )
+
+
+def _note_sealed(cache: PagedCache, pages: list[torch.Tensor]) -> None:
+    """Pages that every layer of this pass seals."""
+    if pages:
+        done = torch.cat(pages).long()
+        cache.store.sealed.index_fill_(0, done, True)
+        cache.store.sealed[0] = False  # passes that only warm up write to the padding page
+        cache.counters.sealed += done.shape[0]
 
 
 def _prefix_blocks(cache: PagedCache, pages: torch.Tensor, prefix: int) -> list[PrefixBlock]:
@@ -177,17 +180,13 @@ def extend_managed(
     layer = cache.store.managed[index]
     _store_chunk(cache, layer, step, k, v)
 
-    def read(block: PrefixBlock) -> tuple[torch.Tensor, torch.Tensor]:
-        staged = gather_pages(
-            layer.k_frames, layer.v_frames, layer.host, layer.residency.frame_of, block.lane_pages
-        )
-        groups = cache.plan.geometry.groups
-        return _join_lanes(staged[0], groups), _join_lanes(staged[1], groups)
-
-    return _attend_sequences(step, query, k, v, scaling, read)
+    return _attend_sequences(
+        cache.attention, step, query, k, v, scaling, functools.partial(cache.prefix.take, index)
+    )
 
 
 def extend_dense(
+    cache: PagedCache,
     layer: DenseLayer,
     step: ExtendStep,
     query: torch.Tensor,
@@ -199,13 +198,17 @@ def extend_dense(
     write_tokens(layer.k_frames, layer.v_frames, step.token_pages, step.offsets, k, v)
 
     def read(block: PrefixBlock) -> tuple[torch.Tensor, torch.Tensor]:
-        k_pages = layer.k_frames.index_select(0, block.pages)
-        return k_pages.flatten(0, 1), layer.v_frames.index_select(0, block.pages).flatten(0, 1)
+        k_pages, v_pages = (
+            frames.index_select(0, block.pages).flatten(0, 1)[: block.tokens]
+            for frames in (layer.k_frames, layer.v_frames)
+        )
+        return k_pages, v_pages
 
-    return _attend_sequences(step, query, k, v, scaling, read)
+    return _attend_sequences(cache.attention, step, query, k, v, scaling, read)
 
 
 def _attend_sequences(
+    attention: Attention,
     step: ExtendStep,
     query: torch.Tensor,
     k: torch.Tensor,
@@ -217,52 +220,31 @@ def _attend_sequences(
     out = torch.empty_like(query)
     for sequence in step.sequences:
         tokens = sequence.tokens
-        part = attend_chunk(query[tokens], k[tokens], v[tokens], scaling=scaling)
+        part = attention.chunk(query[tokens], k[tokens], v[tokens], scaling)
         for block in sequence.prefix:
-            staged_k, staged_v = read(block)
-            other = attend_part(
-                query[tokens], staged_k[: block.tokens], staged_v[: block.tokens], scaling=scaling
-            )
-            part = merge_parts(part, other)
+            part = merge_parts(part, attention.part(query[tokens], *read(block), scaling))
         out[tokens] = part[0]
     return out
 
 
 def _store_chunk(
-    cache: PagedCache, layer: ManagedLayer, step: ExtendStep, k: torch.Tensor, v: torch.Tensor
+    cache: PagedCache, layer: PagedLayer, step: ExtendStep, k: torch.Tensor, v: torch.Tensor
 ) -> None:
-    """Write the chunk into frames where it has them, and seal the pages it completes."""
+    """Write the chunk into frames where it has them, and seal the pages it completes, beside the
+    attention, which reads the chunk itself."""
     groups, heads = cache.plan.geometry.groups, layer.k_frames.shape[2:]
-    frame_of = layer.residency.frame_of
-    if step.loose.numel():
-        write_tokens(
-            layer.k_frames,
-            layer.v_frames,
-            frame_of.index_select(0, step.loose_lane_pages),
-            step.offsets.index_select(0, step.loose).repeat_interleave(groups),
-            k.index_select(0, step.loose).view(-1, *heads),
-            v.index_select(0, step.loose).view(-1, *heads),
-        )
-    if step.topped_up is not None:
-        cache.seal_frames(layer, step.topped_up, frame_of.index_select(0, step.topped_up))
-    if step.whole.numel():
-        whole_k, whole_v = (
-            _split_lanes(part.index_select(0, step.whole), cache.config.page_size, groups)
-            for part in (k, v)
-        )
-        cache.seal(layer, step.whole_lane_pages, whole_k, whole_v)
-        frames = frame_of.index_select(0, step.whole_lane_pages).long()
-        frames = frames.masked_fill_(frames < 0, layer.k_frames.shape[0] - 1)
-        layer.k_frames.index_copy_(0, frames, whole_k)
-        layer.v_frames.index_copy_(0, frames, whole_v)
-
-
-def _split_lanes(tokens: torch.Tensor, page_size: int, groups: int) -> torch.Tensor:
-    """``[pages * page_size, heads, dim]`` -> ``[pages * groups, page_size, lane heads, dim]``."""
-    pages = tokens.unflatten(0, (-1, page_size)).unflatten(2, (groups, -1))
-    return pages.transpose(1, 2).flatten(0, 1)
-
-
-def _join_lanes(pages: torch.Tensor, groups: int) -> torch.Tensor:
-    """The inverse: ``[pages * groups, page_size, lane heads, dim]`` -> ``[tokens, heads, dim]``."""
-    return pages.unflatten(0, (-1, groups)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    frame_of, digest = layer.residency.frame_of, cache.config.digest
+    with cache.transfers.beside(k, v):
+        if step.loose.numel():
+            write_tokens(
+                layer.k_frames,
+                layer.v_frames,
+                frame_of.index_select(0, step.loose_lane_pages),
+                step.offsets.index_select(0, step.loose).repeat_interleave(groups),
+                k.index_select(0, step.loose).view(-1, *heads),
+                v.index_select(0, step.loose).view(-1, *heads),
+            )
+        if step.topped_up is not None:
+            seal_frames(layer, step.topped_up, cache.clock, digest=digest)
+        if step.first_tokens.numel():
+            seal_pages(layer, step.whole_lane_pages, step.first_tokens, k, v, digest=digest)

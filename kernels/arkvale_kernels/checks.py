@@ -1,8 +1,16 @@
-"""Argument checks shared by the op APIs; every failure names the argument and both shapes."""
+"""Argument checks shared by the op APIs; every failure names the argument and what it should be.
+
+Shapes, dtypes, strides and devices are always checked.  Checks that read the device, such as page
+ids out of range, run only under ``ARKVALE_DEBUG=1``: they stall a stream and forbid graph capture.
+"""
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+INTEGERS = (torch.int32, torch.int64)
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
@@ -19,3 +27,61 @@ def check_same_dtype(name: str, tensor: torch.Tensor, other_name: str, other: to
     """Raise ``ValueError`` unless both tensors have one dtype."""
     if tensor.dtype != other.dtype:
         raise ValueError(f"{name} is {tensor.dtype} but {other_name} is {other.dtype}")
+
+
+def check_integers(**tensors: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless all are int32 or int64."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in INTEGERS:
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def check_dense(**tensors: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless all are contiguous: kernels address them by shape alone."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous with shape {tuple(tensor.shape)}, got strides "
+                f"{tensor.stride()}"
+            )
+
+
+def check_rows(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless there is a first row, and rows are contiguous in themselves."""
+    if tensor.shape[0] == 0:
+        raise ValueError(f"{name} must have at least one row, got shape {tuple(tensor.shape)}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension of {tensor.shape[-1]}")
+
+
+def check_device(like: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless all lie where ``like`` does."""
+    for name, tensor in tensors.items():
+        if tensor.device != like.device:
+            raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+
+
+def check_ids(name: str, ids: torch.Tensor, limit: int, least: int = 0) -> None:
+    """Under ``ARKVALE_DEBUG=1``: raise ``ValueError`` unless every id is in range."""
+    if os.environ.get("ARKVALE_DEBUG", "") in ("", "0") or ids.numel() == 0:
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < least or high >= limit:
+        raise ValueError(f"{name} must hold ids from {least} to {limit - 1}, got {low} to {high}")
+
+
+def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless neighbours in the last dimension are neighbours in memory."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {tensor.stride()} of "
+            f"shape {tuple(tensor.shape)}"
+        )
+
+
+def check_same_device(
+    name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor
+) -> None:
+    """Raise ``ValueError`` unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from arkvale_kernels.residency import FREE, PINNED
+from arkvale_kernels.layout import FREE, PINNED
 from arkvale_sglang.core.geometry import PageGeometry
 from arkvale_sglang.core.sizing import PoolPlan
 from arkvale_sglang.core.store import PageStore
@@ -139,6 +139,14 @@ def plan_speaks_of_other_frames(store):
     store.plan = dataclasses.replace(store.plan, frames=FRAMES + 1)
 
 
+def used_frame_counts_as_neither(store):
+    store.residency.heat[0, 3] = 8 << 32
+
+
+def used_frame_counts_as_both(store):
+    store.residency.heat[1, FRAMES + 2] = FREE
+
+
 def page_holds_a_frame_that_does_not_exist(store):
     store.residency.frame_of[1, 3] = GROUPS * FRAMES + 50
 
@@ -159,7 +167,9 @@ DAMAGE = {
     sealed_page_is_pinned: "layer 1: an open page may be evicted or a sealed one may not",
     page_is_sealed_that_is_pinned: "layer 1: an open page may be evicted or a sealed one may not",
     padding_page_is_sealed: "the padding page is sealed",
-    plan_speaks_of_other_frames: "frames used and free do not add up",
+    plan_speaks_of_other_frames: "layer 0: frames used and free do not add up",
+    used_frame_counts_as_neither: "layer 0: frames used and free do not add up",
+    used_frame_counts_as_both: "layer 1: frames used and free do not add up",
     page_holds_a_frame_that_does_not_exist: "layer 1: a page's frame does not hold that page",
 }
 
@@ -172,6 +182,15 @@ def test_damage_is_reported_by_name(damage, sentence):
     store = build()
     damage(store)
     assert sentence in store.violations()
+
+
+def test_pages_that_died_must_have_left():
+    """A caller that knows which pages live learns of others that are resident or sealed."""
+    store = build()
+    assert store.violations({3, 7}) == store.violations({3, 7, 9}) == []
+    assert store.violations({3}) == ["a resident page is not live"]
+    store.sealed[8] = True
+    assert store.violations({3, 7}) == ["a sealed page is not live"]
 
 
 def test_damage_of_one_layer_is_not_blamed_on_another():

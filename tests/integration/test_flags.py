@@ -82,6 +82,9 @@ REFUSED = [
     (["--kv-cache-dtype", "fp8_e5m2"], "quantised KV cache"),
     (["--disaggregation-mode", "prefill"], "disaggregation"),
     (["--enable-mixed-chunk"], "mixed chunks"),
+    (["--dp-size", "2"], "run one server per replica behind SGLang's router"),
+    (["--use-ray"], "Ray"),
+    (["--enable-streaming-session"], "streaming sessions"),
     (["--attention-backend", "triton"], "--attention-backend triton"),
 ]
 
@@ -115,3 +118,19 @@ def test_engine_settings_are_checked_by_the_same_rules():
     assert set(settings) == {"model_path", "page_size", "attention_backend"}
     with pytest.raises(ArkValeError, match="unknown arkvale setting 'budgets'"):
         flags.take_policy({"kv_policy": "arkvale", "arkvale_budgets": 512})
+
+
+def test_a_setting_that_a_release_lacks_is_no_reason_to_refuse():
+    flags.take_policy({"model_path": "m", "kv_policy": "arkvale"})
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_device_named_decides_on_the_backend(monkeypatch, has_gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    found = {}
+    for device in ("cpu", "cuda", None):
+        settings = {"model_path": "m", "kv_policy": "arkvale", "device": device}
+        flags.take_policy(settings)
+        found[device] = settings["attention_backend"]
+    left_open = "arkvale" if has_gpu else "torch_native"
+    assert found == {"cpu": "torch_native", "cuda": "arkvale", None: left_open}

@@ -81,12 +81,13 @@ def assert_rows(query, k_frames, v_frames, lane_frames, lengths, **options) -> N
     """Run the op and compare every row with float64."""
     scaling = query.shape[2] ** -0.5
     frames, many = torch.tensor(lane_frames, dtype=torch.int32), torch.tensor(lengths)
-    out = attend_frames(query, k_frames, v_frames, frames, many, scaling=scaling, **options)
+    out, lse = attend_frames(query, k_frames, v_frames, frames, many, scaling=scaling, **options)
     assert out.dtype == query.dtype and out.shape == query.shape
+    assert lse.dtype == torch.float32 and lse.shape == query.shape[:2]
     for row, (listed, length) in enumerate(zip(lane_frames, lengths, strict=True)):
         tokens = attended_tokens(listed, length, k_frames.shape[1])
         if not tokens:
-            assert (out[row] == 0).all()
+            assert (out[row] == 0).all() and (lse[row] == -torch.inf).all()
             continue
         frame, offset = np.array(tokens).T
         keys, values = (float64(held)[frame, offset] for held in (k_frames, v_frames))
@@ -94,6 +95,9 @@ def assert_rows(query, k_frames, v_frames, lane_frames, lengths, **options) -> N
         limit = tolerance(q, keys, values, scaling, query.dtype)
         expected = oracle.attention(q, keys, values, scaling)
         assert np.abs(float64(out[row]) - expected).max() <= limit
+        sums = log_sum_exp(q, keys, scaling)
+        limit = lse_tolerance(q, keys, scaling, sums, query.dtype)
+        assert np.abs(float64(lse[row]) - sums).max() <= limit
 
 
 def blank_except(held: torch.Tensor, lane_frames, lengths) -> torch.Tensor:
@@ -171,7 +175,7 @@ def test_huge_logits_do_not_overflow():
     for dtype in DTYPES:
         query, keys = 30 * normal(1, 2, 64, dtype=dtype), 30 * normal(3, 16, 2, 64, dtype=dtype)
         values = normal(3, 16, 2, 64, dtype=dtype, seed=1)
-        out = attend_frames(
+        out, _ = attend_frames(
             query, keys, values, torch.tensor([[0, 1, 2]]), torch.tensor([40]), scaling=0.125
         )
         assert out.isfinite().all() and out.abs().max() <= values.abs().max()
@@ -185,15 +189,19 @@ def test_a_row_without_any_token_is_zero():
     assert_rows(query, frames, frames, [[], []], [0, 0])
 
 
-@pytest.mark.parametrize("common_length", [None, 16], ids="common{}".format)
-def test_no_rows_give_no_output(common_length):
-    """An empty batch keeps its shape."""
-    out = attend_frames(
-        normal(0, 4, 64), normal(3, 16, 2, 64), normal(3, 16, 2, 64),
-        torch.zeros(0, 2, dtype=torch.int32), torch.zeros(0, dtype=torch.int64),
-        scaling=0.125, common_length=common_length,
-    )  # fmt: skip
-    assert out.shape == (0, 4, 64)
+@pytest.mark.parametrize("common_length", [None, 20], ids="common{}".format)
+def test_lists_may_be_views_of_wider_rows_and_hold_anything_beyond_their_length(common_length):
+    """Only as much of a list is looked at as its row's length covers."""
+    k_frames, v_frames = normal(6, 16, 2, 64), normal(6, 16, 2, 64, seed=1)
+    query, lengths = normal(2, 4, 64), torch.tensor([20, 20])
+    beyond = 2**31 - 1
+    wide = torch.tensor([[3, 5, beyond, 0, 1], [1, 4, -beyond, 0, 1]], dtype=torch.int32)
+    options = {"scaling": 0.125, "common_length": common_length}
+    found = attend_frames(query, k_frames, v_frames, wide[:, :3], lengths, **options)
+    exact = wide[:, :2].contiguous()
+    expected = attend_frames(query, k_frames, v_frames, exact, lengths, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=gamma(200))
 
 
 # -- chunks, parts, merge --------------------------------------------------------------------
@@ -298,6 +306,14 @@ def test_a_part_without_keys_adds_nothing():
     assert torch.equal(out, part[0]) and torch.equal(lse, part[1])
 
 
+def test_merging_two_parts_without_keys_gives_a_part_without_keys():
+    """Neither may the difference of two infinities come out, nor what an empty part holds."""
+    part = attend_part(normal(4, 4, 64), normal(0, 2, 64), normal(0, 2, 64), scaling=0.125)
+    for other in (part, (poison(4, 4, 64), part[1])):
+        out, lse = merge_parts(part, other)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 def test_a_chunk_without_tokens_gives_nothing():
     """Empty in, empty out, for both ops of prefill."""
     query, k, v = sequence(3, (4, 2, 64))
@@ -326,6 +342,14 @@ def test_attend_frames_refuses_wrong_arguments_by_name():
         ("lengths", torch.ones(3), "lengths must have shape"),
         ("query", normal(2, 4, 64).half(), "query is torch.float16"),
         ("query", normal(2, 3, 64), "query has 3 heads"),
+        ("query", normal(0, 4, 64), "query must have at least one row"),
+        ("query", normal(2, 4, 64).double(), "query must be torch.float32 or torch.float16 or"),
+        ("query", normal(2, 64, 4).mT, "query must be contiguous in its last dimension"),
+        ("k_frames", normal(5, 16, 64, 2).mT, "k_frames must be contiguous in its last"),
+        ("lane_frames", torch.ones(2, 3), "lane_frames must be torch.int32 or torch.int64"),
+        ("lane_frames", torch.ones(3, 2, dtype=torch.int32).T, "lane_frames must be contiguous"),
+        ("lengths", torch.ones(2), "lengths must be torch.int32 or torch.int64"),
+        ("lengths", torch.ones(2, dtype=torch.int64, device="meta"), "lengths is on meta but"),
     ):
         with pytest.raises(ValueError, match=message):
             attend_frames(**{**good, name: wrong}, scaling=0.125)
@@ -343,6 +367,9 @@ def test_prefill_ops_refuse_wrong_arguments_by_name(op):
         ((query, k, v.half()), "v is torch.float16 but query"),
         ((query[:, :3], k, v), "query has 3 heads"),
         ((query[:, 0], k, v), "query must have shape"),
+        ((query.double(), k, v), "query must be torch.float32 or"),
+        ((query, k, normal(6, 64, 2).mT), "v must be contiguous in its last dimension"),
+        ((query, k.to("meta"), v), "k is on meta but query is on cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             op(*arguments, scaling=0.125)
@@ -357,3 +384,7 @@ def test_merge_refuses_parts_of_different_shape_by_name():
         merge_parts(one, two)
     with pytest.raises(ValueError, match="other log-sum-exp must have shape"):
         merge_parts(one, (one[0], two[1]))
+    with pytest.raises(ValueError, match=r"other log-sum-exp must be torch\.float32"):
+        merge_parts(one, (one[0], one[1].half()))
+    with pytest.raises(ValueError, match="other output is on meta but output is on cpu"):
+        merge_parts(one, (one[0].to("meta"), one[1]))

@@ -81,27 +81,17 @@ def test_no_wave_is_empty_even_where_the_frames_are_short():
 @settings(max_examples=100, deadline=None)
 @given(bounded(), st.integers(1, 10**4))
 def test_a_lone_row_always_fits(pool, tokens):
-    """Whatever its length: it is admitted when idle, held when running, and one wave."""
+    """Whatever its length: an idle server admits it, running it is held, and it is one wave."""
     gate, _ = pool
-    assert gate.room([]) >= 1
     assert gate.holds([tokens])
     assert gate.waves([-(-tokens // 16)]) == [(0, 1)]
 
 
-@settings(max_examples=200, deadline=None)
-@given(bounded(), st.lists(st.integers(0, 400), max_size=6))
-def test_room_and_holds_agree(pool, running):
-    """Requests that there is room for hold the promise with the running ones, even at the length
-    where they need most; one more than that does not fit, unless the server was idle."""
-    gate, _ = pool
-    room = gate.room(running)
-    longest = 16 * gate.need_limit
-    assert room >= 0
-    if room:
-        assert gate.holds([*running, *[longest] * room])
-    more = [*running, *[longest] * (room + 1)]
-    if len(more) > 1:
-        assert not gate.holds(more)
+def test_short_requests_count_by_their_length():
+    """20 frames at 6 a request, but one page is all that a short chat asks for."""
+    gate = admission()
+    assert gate.holds([10] * 20) and not gate.holds([10] * 21)
+    assert gate.holds([1000, 1000, *[10] * 8]) and not gate.holds([1000, 1000, *[10] * 9])
 
 
 @settings(max_examples=100, deadline=None)
@@ -129,7 +119,6 @@ def test_need_never_exceeds_the_pages_there_are():
 def test_oversubscription_scales_the_promise(oversubscription, requests):
     """20 frames at 6 a request; waves then take turns in the frames that exist."""
     gate = admission(oversubscription=oversubscription)
-    assert gate.room([]) == requests
     assert gate.holds([1000] * requests) and not gate.holds([1000] * (requests + 1))
 
 
@@ -143,5 +132,5 @@ def test_a_cache_that_fits_bounds_nothing():
     """No cost under budget: no limit, no waves, whatever runs."""
     gate = admission(pages=20, frames=20)
     running = [10**6] * 50
-    assert gate.most_requests is None and gate.room(running) is None and gate.holds(running)
+    assert gate.most_requests is None and gate.holds(running)
     assert gate.waves([100] * 50) == [(0, 50)]

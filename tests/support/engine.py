@@ -181,7 +181,7 @@ class FakeEngine:
             managed = layer - self.geometry.dense_layers
             if managed < 0:
                 dense = self.cache.store.dense[layer]
-                out = prefill.extend_dense(dense, step, query, k, v, self.scaling)
+                out = prefill.extend_dense(self.cache, dense, step, query, k, v, self.scaling)
             else:
                 out = prefill.extend_managed(self.cache, managed, step, query, k, v, self.scaling)
             start = 0

@@ -81,10 +81,13 @@ def select(
         scored = [page for page in missing if pages > budget and page not in forced]
         missing = [page for page in missing if page not in scored[cap:]]
     chosen = [page for page in wanted if page in resident or page in missing]
-    for page in ranked:
+    fill = [page for page in ranked if page in resident]
+    if cap is None:
+        fill += [page for page in ranked if page not in resident]
+    for page in fill:
         if len(chosen) >= budget - 1:
             break
-        if page not in chosen and page in resident:
+        if page not in chosen:
             chosen.append(page)
     return {*chosen, pages - 1}
 

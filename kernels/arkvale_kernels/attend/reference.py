@@ -42,29 +42,39 @@ def attend_frames(
     lengths: torch.Tensor,
     scaling: float,
     common_length: int | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.attend.api.attend_frames`."""
     rows, query_heads, head_dim = query.shape
-    pages, page_size, kv_heads = lane_frames.shape[1], *k_frames.shape[1:3]
-    folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
+    page_size, kv_heads = k_frames.shape[1:3]
     inside = None
     if common_length is None:
-        inside = torch.arange(pages * page_size, device=query.device) < lengths.unsqueeze(1)
-        inside = inside.view(rows, pages, page_size) & (lane_frames >= 0).unsqueeze(-1)
+        inside = _inside(lane_frames, lengths, page_size)
+    else:
+        lane_frames = lane_frames[:, : -(-common_length // page_size)]
+    tokens = lane_frames.shape[1] * page_size
+    folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
     k, v = (
         _read(frames, lane_frames, inside)
-        .view(rows, pages * page_size, kv_heads, head_dim)[:, :common_length]
+        .view(rows, tokens, kv_heads, head_dim)[:, :common_length]
         .transpose(1, 2)
         for frames in (k_frames, v_frames)
     )
     if inside is None:
-        out, _ = _attend(folded, k, v, scaling)
-        return out.reshape(rows, query_heads, head_dim)
+        out, lse = _attend(folded, k, v, scaling)
+        return out.reshape(query.shape), lse.reshape(rows, query_heads)
     mask = torch.zeros(inside.shape, dtype=query.dtype, device=query.device)
-    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, pages * page_size)
-    out, _ = _attend(folded, k, v, scaling, mask.expand(-1, kv_heads, folded.shape[2], -1))
+    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, tokens)
+    out, lse = _attend(folded, k, v, scaling, mask.expand(-1, kv_heads, folded.shape[2], -1))
     empty = ~inside.flatten(1).any(1)
-    return out.reshape(rows, query_heads, head_dim).masked_fill(empty.view(rows, 1, 1), 0.0)
+    out = out.reshape(query.shape).masked_fill(empty.view(rows, 1, 1), 0.0)
+    return out, lse.reshape(rows, query_heads).masked_fill(empty.view(rows, 1), -torch.inf)
+
+
+def _inside(lane_frames: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+    """``[rows, pages, page_size]`` bool: the tokens that a row attends to."""
+    rows, pages = lane_frames.shape
+    inside = torch.arange(pages * page_size, device=lengths.device) < lengths.unsqueeze(1)
+    return inside.view(rows, pages, page_size) & (lane_frames >= 0).unsqueeze(-1)
 
 
 def _read(
@@ -73,12 +83,12 @@ def _read(
     """Copy the frames of every row, zeros where ``inside [rows, pages, page_size]`` is false.
 
     What stands there is what another request left, and a mask on the logits would let its NaN
-    through.
+    through.  A list's entries beyond its length are no frames at all, so frame 0 is read instead.
     """
-    flat = lane_frames.reshape(-1)
     if inside is None:
-        return frames.flatten(1).index_select(0, flat)
-    pages = frames.flatten(1).index_select(0, flat.clamp(min=0))
+        return frames.flatten(1).index_select(0, lane_frames.reshape(-1))
+    listed = lane_frames.masked_fill(~inside.any(2), 0)
+    pages = frames.flatten(1).index_select(0, listed.reshape(-1))
     inside = inside.flatten(0, 1)
     partial = (~inside.all(1)).nonzero().squeeze(1)
     tokens = pages.index_select(0, partial).unflatten(1, (frames.shape[1], -1))
@@ -116,5 +126,11 @@ def merge_parts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.attend.api.merge_parts`."""
     total = torch.logaddexp(part[1], other[1])
-    first, second = (out.float() * (lse - total).exp().unsqueeze(-1) for out, lse in (part, other))
-    return first + second, total
+    # Where neither part has a key, minus infinity less itself would be NaN; and a part of weight 0
+    # may hold anything.
+    shift = total.masked_fill(total == -torch.inf, 0.0)
+    weighed = []
+    for out, lse in (part, other):
+        weight = (lse - shift).exp().unsqueeze(-1)
+        weighed.append((out.float() * weight).masked_fill_(weight == 0, 0.0))
+    return weighed[0] + weighed[1], total

@@ -13,16 +13,26 @@ STD_SCALE = 1.0
 """Half-width of a ``mean-std`` digest in standard deviations (population form)."""
 
 
-def build_digests(keys: torch.Tensor, kind: str) -> torch.Tensor:
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def build_digests(keys: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """``[pages, page_size, heads, head_dim]`` -> ``[pages, 2, heads, head_dim]``."""
-    values = keys.float()
+    upper, lower = _bounds(keys.float(), kind)
+    digests = torch.stack((upper, lower), 1)
+    if dtype == torch.float8_e4m3fn:
+        digests = digests.clamp_(-FP8_MAX, FP8_MAX)  # the cast would turn what is larger into NaN
+    return digests.to(dtype)
+
+
+def _bounds(values: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     if kind == "mean-std":
         center = values.mean(1)
         radius = STD_SCALE * values.std(1, correction=0)
-        return torch.stack((center + radius, center - radius), 1).to(keys.dtype)
+        return center + radius, center - radius
     low, high = values.aminmax(dim=1)
     if kind == "cuboid-max":
-        return torch.stack((high, low), 1).to(keys.dtype)
+        return high, low
     center = (low + high) * 0.5
     deviation = (values - center.unsqueeze(1)).abs_()
     if kind == "cuboid-mean":
@@ -31,7 +41,7 @@ def build_digests(keys: torch.Tensor, kind: str) -> torch.Tensor:
         radius = (deviation.amin(1) + deviation.amax(1)) * 0.5
     else:
         raise ValueError(f"digest kind {kind!r} has no reference")
-    return torch.stack((center + radius, center - radius), 1).to(keys.dtype)
+    return center + radius, center - radius
 
 
 def sphere_digests(keys: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,21 +1,19 @@
 """Residency op: which logical pages of a lane hold a frame, who gets one, who gives one up."""
 
 from arkvale_kernels.residency.api import (
-    FREE,
-    PINNED,
-    Residency,
+    COUNTED,
     Resolution,
     claim_frames,
+    find_frames,
     release_pages,
     resolve_pages,
 )
 
 __all__ = [
-    "FREE",
-    "PINNED",
-    "Residency",
+    "COUNTED",
     "Resolution",
     "claim_frames",
+    "find_frames",
     "release_pages",
     "resolve_pages",
 ]

@@ -1,41 +1,23 @@
 """Public face of the residency op.
 
 One number per frame decides who leaves: its *heat*.  ``FREE`` (-1) < every used frame
-``(clock << 32) | score`` < ``PINNED``; claiming takes the coldest frames, so free frames go
-first, then the least recently used, the lower score first, and never a pinned one.
+``(clock << SCORE_BITS) | score`` < ``PINNED``; claiming takes the coldest frames, so free frames
+go first, then the least recently used, the lower score first, and never a pinned one.
 Sealed pages have a backup, so eviction copies nothing: it edits two table entries.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from arkvale_kernels.checks import check_shape
+from arkvale_kernels import checks
+from arkvale_kernels.layout import FrameLists, Recalls, Residency
 from arkvale_kernels.residency import reference
-from arkvale_kernels.residency.reference import FREE, PINNED
 
-__all__ = [
-    "FREE",
-    "PINNED",
-    "Residency",
-    "Resolution",
-    "claim_frames",
-    "release_pages",
-    "resolve_pages",
-]
-
-
-class Residency(NamedTuple):
-    """The tables of one layer, or of all layers with a leading layer dimension."""
-
-    frame_of: torch.Tensor
-    """``[lane pages]`` int32: lane frame of a lane page, -1 if not resident."""
-    page_in: torch.Tensor
-    """``[lane frames + 1]`` int32: the inverse, -1 if free; the last entry is the scratch row."""
-    heat: torch.Tensor
-    """``[lane frames + 1]`` int64, see the module docstring; the scratch row stays ``PINNED``."""
+COUNTED = ("page_hits", "page_misses", "pages_recalled", "pages_evicted", "pages_refused")
+"""What :func:`resolve_pages` adds to its ``counts``, in order."""
 
 
 class Resolution(NamedTuple):
@@ -43,12 +25,8 @@ class Resolution(NamedTuple):
 
     lane_frames: torch.Tensor
     """``[rows, pages]`` int32: frame of every wanted page, -1 for padding and refused pages."""
-    recall_pages: torch.Tensor
-    """``[recalls]`` int64 lane pages that took a frame; the caller must fill it from the host."""
-    recall_frames: torch.Tensor
-    """``[recalls]`` int64 lane frames, beside ``recall_pages``."""
-    counts: torch.Tensor
-    """``[5]`` int64: page hits, page misses, pages recalled, pages evicted, pages refused."""
+    recalls: Recalls
+    """Pages that took a frame; the caller must fill them from the host before attending."""
 
 
 def resolve_pages(
@@ -56,25 +34,82 @@ def resolve_pages(
     lane_pages: torch.Tensor,
     scores: torch.Tensor | None,
     clock: torch.Tensor,
+    counts: torch.Tensor,
     *,
     groups: int,
+    lists: FrameLists | None = None,
 ) -> Resolution:
     """Give every wanted page of one layer a frame; hits become the warmest frames.
 
     A page missed by several rows claims one frame.  No page wanted in this step is a victim;
-    when a lane runs out of victims the least important misses are refused, never corrupted.
+    when a lane runs out of victims the surplus misses are refused, never corrupted.
 
     Args:
         residency: tables of one layer, changed in place.
-        lane_pages: ``[rows, pages]`` int lane pages, 0 for padding.
+        lane_pages: ``[rows, pages]`` int lane pages, 0 for padding, rows lane-minor.
         scores: ``[rows, pages]`` float32 importance, or ``None`` where all are alike.
         clock: ``[]`` int64, larger in every forward pass.
+        counts: ``[5]`` int64 totals named by ``COUNTED``, added to.
         groups: lanes of the layer; they share nothing.
+        lists: where to write the frames of all rows once more, packed.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices that do not fit together.
     """
-    check_shape("frame_of", residency.frame_of, (None,))
+    _check_tables(residency, 1)
+    checks.check_shape("lane_pages", lane_pages, (None, None))
+    checks.check_rows("lane_pages", lane_pages)
+    checks.check_dense(lane_pages=lane_pages, counts=counts)
+    checks.check_integers(lane_pages=lane_pages)
+    checks.check_shape("counts", counts, (len(COUNTED),))
+    checks.check_device(lane_pages, frame_of=residency.frame_of, counts=counts, clock=clock)
+    checks.check_ids("lane_pages", lane_pages, residency.frame_of.shape[0])
+    if lane_pages.shape[0] % groups or residency.frame_of.shape[0] % groups:
+        raise ValueError(f"groups must divide rows {lane_pages.shape[0]} and tables, got {groups}")
     if scores is not None:
-        check_shape("scores", scores, tuple(lane_pages.shape))
-    return Resolution(*reference.resolve_pages(*residency, lane_pages, scores, clock, groups))
+        checks.check_shape("scores", scores, tuple(lane_pages.shape))
+        checks.check_dense(scores=scores)
+    _check_lists(lists, lane_pages)
+    arguments: Any = (residency, lane_pages, scores, clock, counts, groups, lists)
+    if lane_pages.is_cuda:
+        from arkvale_kernels.residency import kernel
+
+        return Resolution(*kernel.resolve_pages(*arguments))
+    return Resolution(*reference.resolve_pages(*arguments))
+
+
+def find_frames(
+    frame_of: torch.Tensor,
+    lane_pages: torch.Tensor,
+    page_counts: torch.Tensor,
+    *,
+    scratch: int,
+    lists: FrameLists | None = None,
+) -> torch.Tensor:
+    """Look up the frames of pages that are all resident; the tables stay as they are.
+
+    Args:
+        frame_of: ``[lane pages]`` int32 of one layer.
+        lane_pages: ``[rows, pages]`` int, anything beyond a row's count.
+        page_counts: ``[rows]`` int.
+        scratch: lane frame of the scratch row, for entries of ``lists`` without a page.
+        lists: as in :func:`resolve_pages`.
+
+    Returns:
+        ``[rows, pages]`` int32, -1 beyond a row's count.
+    """
+    checks.check_shape("frame_of", frame_of, (None,))
+    checks.check_shape("lane_pages", lane_pages, (None, None))
+    checks.check_rows("lane_pages", lane_pages)
+    checks.check_shape("page_counts", page_counts, (lane_pages.shape[0],))
+    checks.check_integers(lane_pages=lane_pages, page_counts=page_counts, frame_of=frame_of)
+    checks.check_device(lane_pages, frame_of=frame_of, page_counts=page_counts)
+    _check_lists(lists, lane_pages)
+    if lane_pages.is_cuda:
+        from arkvale_kernels.residency import kernel
+
+        return kernel.find_frames(frame_of, lane_pages, page_counts, scratch, lists)
+    return reference.find_frames(frame_of, lane_pages, page_counts, scratch, lists)
 
 
 def claim_frames(
@@ -87,9 +122,13 @@ def claim_frames(
 ) -> torch.Tensor:
     """Give new pages a frame in every lane of every layer, the first in the list first.
 
+    Runs once per pass over the tables of all layers together, as a handful of torch ops on any
+    device.
+
     Args:
         residency: tables of all layers, changed in place.
-        pages: ``[pages]`` int64 logical pages that are not resident anywhere.
+        pages: ``[pages]`` int64 logical pages that are not resident anywhere; the padding page 0
+            gets nothing.
         heat: ``[pages]`` int64 heat of the frames they get (``PINNED`` for open pages).
         groups: lanes of a layer.
         evicting: only the first ``evicting`` pages may take the frame of another page.
@@ -97,12 +136,34 @@ def claim_frames(
     Returns:
         ``[layers]`` int64: pages evicted per layer.
     """
-    check_shape("frame_of", residency.frame_of, (None, None))
-    check_shape("heat", heat, tuple(pages.shape))
-    return reference.claim_frames(*residency, pages, heat, groups, evicting)
+    _check_tables(residency, 2)
+    checks.check_shape("pages", pages, (None,))
+    checks.check_shape("heat", heat, tuple(pages.shape))
+    return reference.claim_frames(residency, pages, heat, groups, evicting)
 
 
 def release_pages(residency: Residency, pages: torch.Tensor, *, groups: int) -> None:
     """Drop dead logical pages ``[pages]`` int64 from the tables of all layers; frames go free."""
-    check_shape("frame_of", residency.frame_of, (None, None))
-    reference.release_pages(*residency, pages, groups)
+    _check_tables(residency, 2)
+    checks.check_shape("pages", pages, (None,))
+    reference.release_pages(residency, pages, groups)
+
+
+def _check_tables(residency: Residency, dimensions: int) -> None:
+    checks.check_shape("frame_of", residency.frame_of, (None,) * dimensions)
+    checks.check_shape("page_in", residency.page_in, (None,) * dimensions)
+    checks.check_shape("heat", residency.heat, tuple(residency.page_in.shape))
+    for name, table, dtype in (
+        ("frame_of", residency.frame_of, torch.int32),
+        ("page_in", residency.page_in, torch.int32),
+        ("heat", residency.heat, torch.int64),
+    ):
+        if table.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {table.dtype}")
+
+
+def _check_lists(lists: FrameLists | None, lane_pages: torch.Tensor) -> None:
+    if lists is not None:
+        checks.check_shape("lists.starts", lists.starts, (lane_pages.shape[0] + 1,))
+        checks.check_shape("lists.indices", lists.indices, (None,))
+        checks.check_device(lane_pages, indices=lists.indices, starts=lists.starts)

@@ -4,52 +4,67 @@ from __future__ import annotations
 
 import torch
 
-FREE = -1
-PINNED = torch.iinfo(torch.int64).max
+from arkvale_kernels.layout import FREE, PINNED, SCORE_BITS, FrameLists, Recalls, Residency
 
 
 def heat_of(scores: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
-    """``(clock << 32) | score`` with the score's bits in an order that integers understand."""
+    """The clock above the score's leading bits, in an order that integers understand."""
     bits = scores.contiguous().view(torch.int32).long()
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 0x80000000
-    return (clock << 32) | ordered
+    return (clock << SCORE_BITS) | (ordered >> (32 - SCORE_BITS))
 
 
 def resolve_pages(
-    frame_of: torch.Tensor,
-    page_in: torch.Tensor,
-    heat: torch.Tensor,
+    residency: Residency,
     lane_pages: torch.Tensor,
     scores: torch.Tensor | None,
     clock: torch.Tensor,
+    counts: torch.Tensor,
     groups: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`arkvale_kernels.residency.api.resolve_pages`."""
+    lists: FrameLists | None,
+) -> tuple[torch.Tensor, Recalls]:
+    """See :func:`arkvale_kernels.residency.api.resolve_pages`; where frames are short the
+    warmest misses get them."""
+    frame_of, heat = residency.frame_of, residency.heat
     flat = lane_pages.reshape(-1)
     frames = frame_of.index_select(0, flat)
     missing = (frames < 0) & (flat > 0)
     scratch = heat.shape[0] - 1
     touched = frames.masked_fill(frames < 0, scratch).long()
     if scores is None:
-        heats = (clock << 32).expand(flat.shape[0])
+        heats = (clock << SCORE_BITS).expand(flat.shape[0])
     else:
         heats = heat_of(scores.reshape(-1), clock)
     heat.scatter_reduce_(0, touched, heats, "amax")
 
     missed = flat.masked_select(missing).long()
-    hits = (frames >= 0).sum()
-    if missed.numel() == 0:
-        counts = torch.stack((hits, *[hits.new_zeros(())] * 4))
-        return frames.view(lane_pages.shape), missed, missed, counts
+    counts[0] += (frames >= 0).sum()
+    recalled = taken = missed
+    if missed.numel():
+        recalled, taken, evicted, refused = _give_frames(
+            residency, missed, heats.masked_select(missing), clock, groups
+        )
+        counts[1:] += counts.new_tensor([missed.numel(), recalled.numel(), evicted, refused])
+        frames = frame_of.index_select(0, flat)
+    _write_lists(lists, frames.view(lane_pages.shape), scratch)
+    return frames.view(lane_pages.shape), Recalls(recalled, taken)
 
+
+def _give_frames(
+    residency: Residency,
+    missed: torch.Tensor,
+    heats: torch.Tensor,
+    clock: torch.Tensor,
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Pages recalled, the frames they took, how many pages left, how many found no frame."""
+    frame_of, page_in, heat = residency
     wanted, which = missed.unique(return_inverse=True)
-    warmth = heat.new_zeros(wanted.shape[0]).scatter_reduce_(
-        0, which, heats.masked_select(missing), "amax"
-    )
+    warmth = heat.new_zeros(wanted.shape[0]).scatter_reduce_(0, which, heats, "amax")
     order = warmth.argsort(descending=True, stable=True)
     wanted, warmth = wanted[order], warmth[order]
     victims = _coldest(heat, wanted, frame_of.shape[0] // groups, groups)
-    granted = heat[victims] < (clock << 32)
+    granted = heat[victims] < (clock << SCORE_BITS)
     recalled, taken = wanted[granted], victims[granted]
     leaving = page_in[taken].long()
     evicted = leaving[leaving >= 0]
@@ -57,10 +72,33 @@ def resolve_pages(
     page_in[taken] = recalled.to(page_in.dtype)
     frame_of[recalled] = taken.to(frame_of.dtype)
     heat[taken] = warmth[granted]
-    misses = [missed.numel(), recalled.numel(), evicted.numel(), wanted.numel() - recalled.numel()]
-    counts = torch.cat((hits.view(1), hits.new_tensor(misses)))
-    frames = frame_of.index_select(0, flat).view(lane_pages.shape)
-    return frames, recalled, taken, counts
+    return recalled, taken, evicted.numel(), wanted.numel() - recalled.numel()
+
+
+def find_frames(
+    frame_of: torch.Tensor,
+    lane_pages: torch.Tensor,
+    page_counts: torch.Tensor,
+    scratch: int,
+    lists: FrameLists | None,
+) -> torch.Tensor:
+    """See :func:`arkvale_kernels.residency.api.find_frames`."""
+    index = torch.arange(lane_pages.shape[1], device=lane_pages.device)
+    pages = lane_pages.masked_fill(index >= page_counts.unsqueeze(1), 0)
+    frames = frame_of.index_select(0, pages.reshape(-1)).view(pages.shape)
+    _write_lists(lists, frames, scratch)
+    return frames
+
+
+def _write_lists(lists: FrameLists | None, lane_frames: torch.Tensor, scratch: int) -> None:
+    if lists is None:
+        return
+    starts = lists.starts.long()
+    index = torch.arange(lane_frames.shape[1], device=lane_frames.device)
+    inside = index < (starts[1:] - starts[:-1]).unsqueeze(1)
+    place = (starts[:-1].unsqueeze(1) + index).masked_select(inside)
+    frames = lane_frames.masked_fill(lane_frames < 0, scratch)
+    lists.indices[place] = frames.masked_select(inside).to(lists.indices.dtype)
 
 
 def _coldest(
@@ -86,15 +124,14 @@ def _coldest(
 
 
 def claim_frames(
-    frame_of: torch.Tensor,
-    page_in: torch.Tensor,
-    heat: torch.Tensor,
+    residency: Residency,
     pages: torch.Tensor,
     new_heat: torch.Tensor,
     groups: int,
     evicting: int,
 ) -> torch.Tensor:
     """See :func:`arkvale_kernels.residency.api.claim_frames`."""
+    frame_of, page_in, heat = residency
     layers, page_stride = frame_of.shape[0], frame_of.shape[1] // groups
     frames = (heat.shape[1] - 1) // groups
     claims = min(pages.shape[0], frames)
@@ -102,7 +139,7 @@ def claim_frames(
     by_lane = heat[:, :-1].unflatten(1, (groups, frames))
     cold, index = by_lane.topk(claims, dim=2, largest=False, sorted=True)
     may_evict = torch.arange(claims, device=heat.device) < evicting
-    granted = (cold == FREE) | (may_evict & (cold < PINNED))
+    granted = ((cold == FREE) | (may_evict & (cold < PINNED))) & (pages[:claims] > 0)
 
     taken = (index + lane * frames).flatten(1)
     leaving = page_in.gather(1, taken).unflatten(1, (groups, claims)).long()
@@ -118,14 +155,9 @@ def claim_frames(
     return evicted.view(layers, -1).sum(1)
 
 
-def release_pages(
-    frame_of: torch.Tensor,
-    page_in: torch.Tensor,
-    heat: torch.Tensor,
-    pages: torch.Tensor,
-    groups: int,
-) -> None:
+def release_pages(residency: Residency, pages: torch.Tensor, groups: int) -> None:
     """See :func:`arkvale_kernels.residency.api.release_pages`."""
+    frame_of, page_in, heat = residency
     layers, page_stride = frame_of.shape[0], frame_of.shape[1] // groups
     lane = torch.arange(groups, device=heat.device).view(groups, 1)
     lane_pages = (pages + lane * page_stride).view(1, -1).expand(layers, -1)

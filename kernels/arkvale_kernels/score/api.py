@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from arkvale_kernels.checks import check_shape
+from arkvale_kernels import checks
+from arkvale_kernels.layout import SelectionRule
 from arkvale_kernels.score import reference
 
 HEAD_REDUCES: tuple[str, ...] = ("mean", "max", "softmax-mean")
@@ -13,43 +14,73 @@ HEAD_REDUCES: tuple[str, ...] = ("mean", "max", "softmax-mean")
 def score_pages(
     query: torch.Tensor,
     digests: torch.Tensor,
+    frame_of: torch.Tensor,
     lane_pages: torch.Tensor,
-    bias: torch.Tensor,
+    page_counts: torch.Tensor,
+    rule: SelectionRule,
     *,
     head_reduce: str,
     scaling: float,
 ) -> torch.Tensor:
-    """Score candidate pages of every row against the row's query.
+    """Score the competing pages of every row against the row's query.
 
     The score of one head is ``sum_d max(q_d * upper_d, q_d * lower_d)`` (ArkVale equation 3).
 
     Args:
         query: ``[rows, query heads of the lane, head_dim]``, after RoPE.
         digests: ``[lane pages, 2, KV heads of the lane, head_dim]`` of one layer.
-        lane_pages: ``[rows, pages]`` int, lane page ids; 0 where a row has fewer pages.
-        bias: ``[rows, pages]`` float32: 0 for candidates, infinite where the score does not
-            decide (+inf always attended, -inf never chosen by score).
+        frame_of: ``[lane pages]`` int32, see :class:`Residency`.
+        lane_pages: ``[rows, pages]`` int lane page ids, anything beyond a row's count.
+        page_counts: ``[rows]`` int pages of each row, the one being written included; a row of 0
+            pages is inert.
+        rule: says which pages compete.
         head_reduce: how the heads of a lane agree: one of ``HEAD_REDUCES``.
         scaling: softmax scale of the model's attention; used by ``softmax-mean`` alone.
 
     Returns:
-        ``[rows, pages]`` float32: the reduced score plus ``bias``.
+        ``[rows, pages]`` float32 scores whose lowest mantissa bit tells whether the page is
+        resident, since the scan that reads a page id can look that up for nothing; entries of
+        pages that do not compete are undefined.
 
     Raises:
-        ValueError: unknown ``head_reduce`` or shapes that do not fit together.
+        ValueError: unknown ``head_reduce``, or shapes, dtypes, strides or devices that do not fit.
     """
     if head_reduce not in HEAD_REDUCES:
         raise ValueError(
-            f"head reduction {head_reduce!r} is unknown; choose one of {', '.join(HEAD_REDUCES)}"
+            f"head_reduce {head_reduce!r} is unknown; choose one of {', '.join(HEAD_REDUCES)}"
         )
+    _check(query, digests, frame_of, lane_pages, page_counts)
+    rule.check()
+    arguments = (query, digests, frame_of, lane_pages, page_counts, rule, head_reduce, scaling)
+    if query.is_cuda:
+        from arkvale_kernels.score import kernel
+
+        return kernel.score_pages(*arguments)
+    return reference.score_pages(*arguments)
+
+
+def _check(
+    query: torch.Tensor,
+    digests: torch.Tensor,
+    frame_of: torch.Tensor,
+    lane_pages: torch.Tensor,
+    page_counts: torch.Tensor,
+) -> None:
+    checks.check_shape("query", query, (None, None, None))
     rows, query_heads, head_dim = query.shape
-    check_shape("digests", digests, (None, 2, None, head_dim))
-    check_shape("lane_pages", lane_pages, (rows, None))
-    check_shape("bias", bias, (rows, lane_pages.shape[1]))
+    checks.check_rows("query", query)
+    checks.check_shape("digests", digests, (None, 2, None, head_dim))
+    checks.check_shape("frame_of", frame_of, (digests.shape[0],))
+    checks.check_shape("lane_pages", lane_pages, (rows, None))
+    checks.check_shape("page_counts", page_counts, (rows,))
+    checks.check_rows("lane_pages", lane_pages)
+    checks.check_integers(lane_pages=lane_pages, page_counts=page_counts, frame_of=frame_of)
+    checks.check_dense(query=query, digests=digests, frame_of=frame_of, page_counts=page_counts)
+    checks.check_device(
+        query, digests=digests, frame_of=frame_of, lane_pages=lane_pages, page_counts=page_counts
+    )
+    checks.check_ids("page_counts", page_counts, lane_pages.shape[1] + 1)
     if query_heads % digests.shape[2]:
         raise ValueError(
-            f"{query_heads} query heads do not divide over {digests.shape[2]} KV heads"
+            f"query has {query_heads} heads, which do not divide over {digests.shape[2]} KV heads"
         )
-    return reference.score_pages(
-        query, digests, lane_pages, bias, head_reduce=head_reduce, scaling=scaling
-    )

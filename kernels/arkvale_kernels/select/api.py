@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from arkvale_kernels.checks import check_shape
+from arkvale_kernels import checks
+from arkvale_kernels.layout import SelectionRule
 from arkvale_kernels.select import reference
 
 
@@ -14,51 +15,45 @@ class Selection(NamedTuple):
     """Pages chosen for one step; every chosen page that is not resident must be recalled."""
 
     lane_pages: torch.Tensor
-    """``[rows, budget]`` int: the row's pages by falling score, its open page at the end of its
-    list; 0 where fewer pages were allowed."""
+    """``[rows, budget]`` int32: the row's pages in any order but for its open page, which stands
+    at the end of its ``min(pages, budget)`` entries; 0 in the rest, and where a recall cap left
+    a place empty."""
     scores: torch.Tensor
-    """``[rows, budget]`` float32, beside ``lane_pages``; +inf for pages always attended."""
+    """``[rows, budget]`` float32, beside ``lane_pages``; +inf for pages attended whatever their
+    score, -inf beside 0."""
 
 
 def select_pages(
     scores: torch.Tensor,
     lane_pages: torch.Tensor,
-    resident: torch.Tensor,
-    must_counts: torch.Tensor,
-    open_index: torch.Tensor,
-    *,
-    budget: int,
-    recall_cap: int | None = None,
+    page_counts: torch.Tensor,
+    rule: SelectionRule,
 ) -> Selection:
-    """Choose at most ``budget`` pages per row (ArkVale section 5.3, on a shared pool).
-
-    The first ``must_counts`` pages by score are *must*: recalled if missing, all of them or the
-    best ``recall_cap`` missing ones.  The rest of the budget is filled with the best pages that
-    are *resident* already, so a row recalls at most ``must_counts`` pages by construction.
+    """Choose ``min(pages, budget)`` pages per row by the rule.
 
     Args:
-        scores: ``[rows, pages]`` float32; +inf always attended, -inf never (padding, and the
-            open page, which is appended outside the ranking).
-        lane_pages: ``[rows, pages]`` int lane page ids.
-        resident: ``[rows, pages]`` bool.
-        must_counts: ``[rows, 1]`` int, pages of the ranking that are must, the +inf ones included.
-        open_index: ``[rows, 2]`` int64: where the open page stands in ``lane_pages``, and where
-            it goes in the result (one less than the length of the row's list).
-        budget: length of the result, the open page included.
-        recall_cap: most pages a row may recall beside those that score +inf, or ``None``.
+        scores: ``[rows, pages]`` float32 as the score op returns them.
+        lane_pages: ``[rows, pages]`` int lane page ids, anything beyond a row's count.
+        page_counts: ``[rows]`` int pages of each row, the open one included; 0 is inert.
 
     Raises:
-        ValueError: shapes that do not fit together, or a budget below one page.
+        ValueError: shapes, dtypes, strides or devices that do not fit together, or a rule whose
+            parts exceed its budget.
     """
-    rows, pages = scores.shape
-    check_shape("lane_pages", lane_pages, (rows, pages))
-    check_shape("resident", resident, (rows, pages))
-    check_shape("must_counts", must_counts, (rows, 1))
-    check_shape("open_index", open_index, (rows, 2))
-    if budget < 1:
-        raise ValueError(f"budget must be at least one page, got {budget}")
-    return Selection(
-        *reference.select_pages(
-            scores, lane_pages, resident, must_counts, open_index, budget, recall_cap
-        )
-    )
+    rule.check()
+    checks.check_shape("scores", scores, (None, None))
+    checks.check_rows("scores", scores)
+    checks.check_dense(scores=scores, page_counts=page_counts)
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores must be torch.float32, got {scores.dtype}")
+    checks.check_shape("lane_pages", lane_pages, tuple(scores.shape))
+    checks.check_rows("lane_pages", lane_pages)
+    checks.check_shape("page_counts", page_counts, (scores.shape[0],))
+    checks.check_integers(lane_pages=lane_pages, page_counts=page_counts)
+    checks.check_device(scores, lane_pages=lane_pages, page_counts=page_counts)
+    checks.check_ids("page_counts", page_counts, scores.shape[1] + 1)
+    if scores.is_cuda:
+        from arkvale_kernels.select import kernel
+
+        return Selection(*kernel.select_pages(scores, lane_pages, page_counts, rule))
+    return Selection(*reference.select_pages(scores, lane_pages, page_counts, rule))

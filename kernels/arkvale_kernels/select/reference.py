@@ -1,7 +1,7 @@
 """Page selection in plain torch.
 
-Must pages outrank every fill page, so "must, then fill until the budget is full" is one top-k
-over the pages that are allowed at all: the resident ones and the (capped) must.
+The rule is a ranking in tiers: forced pages, then must, then resident ones, then the rest, by
+score within a tier.  With tier and score in one integer it is one top-k.
 Ties are broken by ``torch.topk``, which is free to choose.
 """
 
@@ -9,33 +9,50 @@ from __future__ import annotations
 
 import torch
 
+from arkvale_kernels.layout import SelectionRule
+
+_FORCED, _MUST, _RESIDENT, _ABSENT = (tier << 32 for tier in (3, 2, 1, 0))
+
 
 def select_pages(
     scores: torch.Tensor,
     lane_pages: torch.Tensor,
-    resident: torch.Tensor,
-    must_counts: torch.Tensor,
-    open_index: torch.Tensor,
-    budget: int,
-    recall_cap: int | None,
+    page_counts: torch.Tensor,
+    rule: SelectionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.select.api.select_pages`."""
     rows, pages = scores.shape
-    ranked = min(budget - 1, pages)
-    leading, leaders = scores.topk(ranked, dim=1)
-    must = torch.arange(ranked, device=scores.device) < must_counts
-    if recall_cap is not None:
-        missing = must & ~resident.gather(1, leaders) & (leading < torch.inf)
-        must = must & ~(missing & (missing.cumsum(1) > recall_cap))
-    allowed = resident.scatter(1, leaders, must | resident.gather(1, leaders))
-    best = scores.masked_fill(~allowed, -torch.inf).topk(ranked, dim=1)
+    counts = page_counts.unsqueeze(1)
+    index = torch.arange(pages, device=scores.device)
+    competing = rule.competing(page_counts, pages)
+    bits = scores.view(torch.int32)
+    resident = (bits & 1).bool()
+    by_score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + 0x80000000
+    best = by_score.masked_fill(~competing, -1).topk(min(rule.must, pages), dim=1)
+    must = best.values >= 0
+    if rule.recall_cap is not None:
+        missing = must & ~resident.gather(1, best.indices)
+        must = must & ~(missing & (missing.cumsum(1) > rule.recall_cap))
 
-    chosen = lane_pages.new_zeros(rows, budget)
-    chosen_scores = scores.new_full((rows, budget), -torch.inf)
-    listed = best.values > -torch.inf
-    chosen[:, :ranked] = lane_pages.gather(1, best.indices) * listed
-    chosen_scores[:, :ranked] = best.values
-    source, target = open_index.split(1, dim=1)
-    chosen.scatter_(1, target, lane_pages.gather(1, source))
-    chosen_scores.scatter_(1, target, torch.inf)
-    return chosen, chosen_scores
+    rank = by_score + torch.where(resident, _RESIDENT, _ABSENT)
+    if rule.recall_cap is not None:
+        rank = rank.masked_fill(~resident, -1)
+    leading = torch.where(must, best.values + _MUST, rank.gather(1, best.indices))
+    rank = rank.scatter(1, best.indices, leading)
+    rank = torch.where(competing, rank, _FORCED).masked_fill(index >= counts - 1, -1)
+    listed = min(rule.budget - 1, pages)
+    top = rank.topk(listed, dim=1)
+
+    chosen = lane_pages.new_zeros(rows, rule.budget, dtype=torch.int32)
+    importance = scores.new_full((rows, rule.budget), -torch.inf)
+    taken = top.values >= 0
+    chosen[:, :listed] = torch.where(taken, lane_pages.gather(1, top.indices), 0)
+    by_choice = torch.where(top.values >= _FORCED, torch.inf, scores.gather(1, top.indices))
+    importance[:, :listed] = torch.where(taken, by_choice, -torch.inf)
+    last = (counts - 1).clamp(min=0)
+    is_open = counts > 0
+    place = last.clamp(max=rule.budget - 1).long()
+    written = torch.where(is_open, lane_pages.gather(1, last.long()), chosen.gather(1, place))
+    chosen.scatter_(1, place, written.to(torch.int32))
+    importance.scatter_(1, place, torch.where(is_open, torch.inf, -torch.inf))
+    return chosen, importance

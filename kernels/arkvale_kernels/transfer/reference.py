@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from arkvale_kernels.digest.reference import build_digests
+from arkvale_kernels.layout import SCORE_BITS, NewTokens, PagedLayer, Recalls
+
 
 def write_tokens(
     k_frames: torch.Tensor,
@@ -16,51 +19,111 @@ def write_tokens(
     """See :func:`arkvale_kernels.transfer.api.write_tokens`."""
     page_size = k_frames.shape[1]
     frames = lane_frames.masked_fill(lane_frames < 0, k_frames.shape[0] - 1)
-    rows = frames * page_size + offsets
+    rows = frames.long() * page_size + offsets
     k_frames.flatten(0, 1).index_copy_(0, rows, k)
     v_frames.flatten(0, 1).index_copy_(0, rows, v)
 
 
-def back_up_pages(
-    host: torch.Tensor, lane_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+def move_pages(
+    layer: PagedLayer,
+    new: NewTokens | None,
+    recalls: Recalls | None,
+    clock: torch.Tensor,
+    digest: str,
 ) -> None:
-    """See :func:`arkvale_kernels.transfer.api.back_up_pages`."""
-    target = lane_pages.to(host.device)
-    host[:, 0].index_copy_(0, target, k.to(host.device))
-    host[:, 1].index_copy_(0, target, v.to(host.device))
+    """See :func:`arkvale_kernels.transfer.api.move_pages`."""
+    if new is not None:
+        frames = layer.residency.frame_of.index_select(0, new.lane_pages)
+        write_tokens(layer.k_frames, layer.v_frames, frames, new.offsets, new.k, new.v)
+        full = (new.offsets == layer.k_frames.shape[1] - 1) & (new.lane_pages > 0)
+        sealing = new.lane_pages.masked_select(full)
+        if sealing.numel():
+            seal_frames(layer, sealing, clock, digest)
+    if recalls is not None:
+        _recall(layer, recalls)
 
 
-def recall_pages(
-    k_frames: torch.Tensor,
-    v_frames: torch.Tensor,
-    host: torch.Tensor,
-    lane_pages: torch.Tensor,
-    lane_frames: torch.Tensor,
-) -> None:
-    """See :func:`arkvale_kernels.transfer.api.recall_pages`."""
-    if lane_pages.numel() == 0:
+def _recall(layer: PagedLayer, recalls: Recalls) -> None:
+    pages, frames = recalls.lane_pages, recalls.lane_frames
+    if recalls.counts is not None:
+        share = torch.arange(pages.shape[0] // recalls.counts.shape[0], device=pages.device)
+        filled = (share < recalls.counts.unsqueeze(1)).flatten()
+        pages, frames = pages.masked_select(filled), frames.masked_select(filled)
+    if pages.numel() == 0:
         return
-    backups = host.index_select(0, lane_pages.to(host.device)).to(k_frames.device)
-    k_frames.index_copy_(0, lane_frames, backups[:, 0])
-    v_frames.index_copy_(0, lane_frames, backups[:, 1])
+    host, device = layer.host, layer.k_frames.device
+    backups = host.index_select(0, pages.to(host.device)).to(device)
+    layer.k_frames.index_copy_(0, frames.long(), backups[:, 0])
+    layer.v_frames.index_copy_(0, frames.long(), backups[:, 1])
+
+
+def seal_pages(
+    layer: PagedLayer,
+    lane_pages: torch.Tensor,
+    first_tokens: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    digest: str,
+) -> None:
+    """See :func:`arkvale_kernels.transfer.api.seal_pages`."""
+    page_size, heads = layer.k_frames.shape[1:3]
+    within = torch.arange(page_size, device=k.device)
+    tokens = (first_tokens.unsqueeze(1) + within).flatten()
+    whole_k, whole_v = (
+        part.index_select(0, tokens)
+        .unflatten(0, (-1, page_size))
+        .unflatten(2, (-1, heads))
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for part in (k, v)
+    )
+    _seal(layer, lane_pages, whole_k, whole_v, digest)
+    frames = layer.residency.frame_of.index_select(0, lane_pages).long()
+    frames = frames.masked_fill_(frames < 0, layer.k_frames.shape[0] - 1)
+    layer.k_frames.index_copy_(0, frames, whole_k)
+    layer.v_frames.index_copy_(0, frames, whole_v)
+
+
+def seal_frames(
+    layer: PagedLayer, lane_pages: torch.Tensor, clock: torch.Tensor, digest: str
+) -> None:
+    """See :func:`arkvale_kernels.transfer.api.seal_frames`."""
+    frames = layer.residency.frame_of.index_select(0, lane_pages).long()
+    k, v = layer.k_frames.index_select(0, frames), layer.v_frames.index_select(0, frames)
+    _seal(layer, lane_pages, k, v, digest)
+    layer.residency.heat.index_copy_(0, frames, (clock << SCORE_BITS).expand(frames.shape[0]))
+
+
+def _seal(
+    layer: PagedLayer, lane_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, digest: str
+) -> None:
+    """K and V of whole pages, ``[pages, page_size, lane heads, head_dim]``."""
+    digests, pages = build_digests(k, digest, layer.digests.dtype), lane_pages.long()
+    if digests.dtype.itemsize == 1:  # torch scatters no 8-bit floats
+        layer.digests.view(torch.uint8).index_copy_(0, pages, digests.view(torch.uint8))
+    else:
+        layer.digests.index_copy_(0, pages, digests)
+    target = pages.to(layer.host.device)
+    layer.host[:, 0].index_copy_(0, target, k.to(layer.host.device))
+    layer.host[:, 1].index_copy_(0, target, v.to(layer.host.device))
 
 
 def gather_pages(
-    k_frames: torch.Tensor,
-    v_frames: torch.Tensor,
-    host: torch.Tensor,
-    frame_of: torch.Tensor,
+    layer: PagedLayer,
     lane_pages: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    groups: int,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     """See :func:`arkvale_kernels.transfer.api.gather_pages`."""
-    frames = frame_of.index_select(0, lane_pages)
+    frames = layer.residency.frame_of.index_select(0, lane_pages)
     absent = frames < 0
-    rows = frames.masked_fill(absent, k_frames.shape[0] - 1)
-    k, v = k_frames.index_select(0, rows), v_frames.index_select(0, rows)
+    rows = frames.masked_fill(absent, layer.k_frames.shape[0] - 1)
     evicted = absent.nonzero().squeeze(1)
-    if evicted.numel():
-        source = lane_pages.index_select(0, evicted).to(host.device)
-        backups = host.index_select(0, source).to(k.device)
-        k.index_copy_(0, evicted, backups[:, 0])
-        v.index_copy_(0, evicted, backups[:, 1])
-    return k, v
+    source = lane_pages.index_select(0, evicted).to(layer.host.device)
+    for half, (kept, staged) in enumerate(zip((layer.k_frames, layer.v_frames), out, strict=True)):
+        pages = kept.index_select(0, rows)
+        if evicted.numel():
+            backups = layer.host[:, half].index_select(0, source)
+            pages.index_copy_(0, evicted, backups.to(pages.device))
+        lanes = pages.unflatten(0, (-1, groups)).transpose(1, 2)
+        staged.view(lanes.shape).copy_(lanes)

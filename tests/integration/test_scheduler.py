@@ -1,0 +1,108 @@
+"""Hooks of the scheduler process, called as SGLang calls them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_policy import AddReqResult
+
+from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.core.geometry import PageGeometry
+from arkvale_sglang.core.sizing import PoolPlan
+from arkvale_sglang.integration import compat, scheduler
+from arkvale_sglang.integration.cpu_allocator import CpuPagedAllocator
+from arkvale_sglang.integration.pool import allocator_class
+from arkvale_sglang.policy.admission import FrameAdmission
+
+SIZE, FRAMES, BUDGET = 16, 20, 6
+
+
+class Passes:
+    """A waiting queue and SGLang's adder around our hook: 20 frames, 6 pages of budget."""
+
+    def __init__(self, frames: int = FRAMES):
+        config = ArkValeConfig(page_size=SIZE, budget=SIZE * BUDGET, sink_pages=1, window_pages=1)
+        geometry = PageGeometry(
+            page_size=SIZE, layers=3, dense_layers=2, kv_heads=1, head_dim=8, groups=1,
+            dtype=torch.float32,
+        )  # fmt: skip
+        self.wiring = scheduler.Wiring(config)
+        admission = FrameAdmission(config, PoolPlan(geometry, 100, frames))
+        self.wiring.pool = SimpleNamespace(cache=SimpleNamespace(admission=admission))
+        self.running: list[SimpleNamespace] = []
+
+    def admit(self, waiting, ratio: float = 0.0) -> list[SimpleNamespace]:
+        """One pass over the queue; those that joined then run."""
+        batch = SimpleNamespace(reqs=self.running)
+        adder = SimpleNamespace(running_batch=batch, can_run_list=[], new_token_ratio=ratio)
+
+        def add_one_req(adder, req, has_chunked_req, truncation_align_size):
+            adder.can_run_list.append(req)
+            return AddReqResult.CONTINUE
+
+        for req in waiting:
+            answer = self.wiring.add_request(
+                add_one_req, adder, req, has_chunked_req=False, truncation_align_size=None
+            )
+            if answer != AddReqResult.CONTINUE:
+                assert answer == AddReqResult.OTHER, "NO_TOKEN would mark the batch full"
+                break
+        self.running = [*self.running, *adder.can_run_list]
+        return adder.can_run_list
+
+
+def request(prompt: int, *, generated: int = 0, limit: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(
+        origin_input_ids=[1] * prompt, output_ids=[1] * generated,
+        sampling_params=SimpleNamespace(max_new_tokens=limit),
+    )  # fmt: skip
+
+
+def test_the_hook_point_is_what_we_think_it_is():
+    assert compat.problem(scheduler.ADD_REQUEST) is None
+
+
+def test_a_burst_of_short_chats_is_bounded_by_what_it_asks_for():
+    """One page each, not a whole budget each."""
+    assert len(Passes().admit([request(10) for _ in range(30)])) == FRAMES
+
+
+def test_short_requests_join_once_they_are_first_though_a_long_one_did_not_fit():
+    """No request has left in between: nothing may remember that the batch was full."""
+    passes = Passes()
+    assert len(passes.admit([request(1000) for _ in range(4)])) == 3
+    assert passes.admit([request(1000), request(10)]) == [], "the queue keeps its order"
+    assert len(passes.admit([request(10), request(10), request(10)])) == 2
+
+
+def test_growth_counts_by_the_share_that_the_engine_expects():
+    """15 tokens and 80 more to generate: 1 page now, 6 at full length, 4 at half of it."""
+    waiting = [request(15, limit=80) for _ in range(30)]
+    assert [len(Passes().admit(waiting, ratio)) for ratio in (0.0, 0.5, 1.0)] == [20, 5, 3]
+    waiting = [request(15, generated=80, limit=80) for _ in range(30)]
+    assert len(Passes().admit(waiting, 1.0)) == 3
+
+
+def test_an_idle_server_admits_any_request():
+    assert len(Passes(frames=BUDGET + 1).admit([request(10**5, limit=10**5)], 1.0)) == 1
+
+
+def test_frames_for_everything_admit_everything():
+    assert len(Passes(frames=100).admit([request(1000) for _ in range(50)])) == 50
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_live_pages_are_those_handed_out(pages):
+    """By number as by count, and pages freed are no longer among them."""
+    cache = SimpleNamespace(release=lambda pages: None, reset=lambda: None, live_pages=None)
+    pool = SimpleNamespace(cache=cache)
+    allocator = allocator_class(CpuPagedAllocator)(
+        8 * SIZE, page_size=SIZE, dtype=torch.float32, device="cpu", kvcache=pool, need_sort=False
+    )
+    slots = allocator.alloc(pages * SIZE)
+    assert allocator.live_page_ids() == set((slots // SIZE).tolist())
+    assert len(allocator.live_page_ids()) == allocator.live_pages() == pages
+    allocator.free(slots)
+    assert allocator.live_page_ids() == set()

@@ -1,0 +1,82 @@
+"""The scripts around the package: set-up, examples, benchmarks."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_a_set_up_that_stops_midway_is_not_taken_for_a_complete_one(monkeypatch, tmp_path, failing):
+    """An environment that was ready, must be made anew, and may fail at that."""
+    setup = load("setup_env.py")
+    stamp = tmp_path / ".venv/.ready"
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").touch()
+    stamp.write_text("an older state")
+
+    def run(command, **options):
+        assert not stamp.exists()
+        return SimpleNamespace(returncode=int(failing))
+
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "has_gpu", lambda: False)
+    monkeypatch.setattr(setup, "fingerprint", lambda release, gpu: "wanted")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["setup_env.py"])
+    assert setup.main() == int(failing)
+    assert stamp.exists() != failing
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--model-path", "X", "--port", "81"], ["--model-path=X", "--port=81"],
+     ["--model", "X", "--port", "81"], ["--model=X", "--port=81", "--dtype", "half"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_example_server_takes_model_and_port_in_every_form(monkeypatch, capsys, flags):
+    serve = load("examples/serve.py")
+    commands = []
+    monkeypatch.setattr(serve, "make_model", lambda path: pytest.fail("a model was named"))
+    monkeypatch.setattr(serve, "free_port", lambda: pytest.fail("a port was named"))
+    monkeypatch.setattr(
+        subprocess, "run",
+        lambda command: commands.append(command) or SimpleNamespace(returncode=0),
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
+    assert serve.main() == 0
+    assert commands[0][-len(flags) :] == flags
+    assert "http://127.0.0.1:81/" in capsys.readouterr().out
+
+
+def test_the_example_server_brings_its_own_model_and_port(monkeypatch):
+    serve = load("examples/serve.py")
+    commands = []
+    monkeypatch.setattr(serve, "make_model", lambda path: path)
+    monkeypatch.setattr(serve, "free_port", lambda: 4321)
+    monkeypatch.setattr(
+        subprocess, "run",
+        lambda command: commands.append(command) or SimpleNamespace(returncode=0),
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["serve.py"])
+    assert serve.main() == 0
+    assert "--model-path" in commands[0] and commands[0][-2:] == ["--port", "4321"]
+
+
+def test_a_benchmark_says_of_how_many_rounds_it_is():
+    written = load("benchmarks/smoke.py").record(3, [{"case": "x"}])
+    assert written["rounds"] == 3 and written["rows"] == [{"case": "x"}] and written["commit"]
