@@ -1,233 +1,334 @@
-"""What gpu_e2e.py measures: sizes, rows, and how a running server is timed."""
+"""States for the GPU check and the checks themselves: every kernel against plain float64 torch.
+
+Needs torch and triton alone (flashinfer where it is installed); nothing here knows SGLang.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import random
-import statistics
-import time
-import urllib.error
 from collections.abc import Callable
-from typing import Any
 
-from arkvale_sglang.cli.launch import Server
+import torch
 
-SECTIONS = ("tpot", "throughput", "under-budget", "prefill")
-SLACK_TOKENS = 64
-"""Of a cached prompt, what may have to be computed again: its last page."""
-Outcome = dict[str, Any]
+from arkvale_kernels.attend import flashinfer
+from arkvale_kernels.attend import kernel as attend
+from arkvale_kernels.digest import kernel as digest
+from arkvale_kernels.layout import (
+    FREE,
+    PINNED,
+    FrameLists,
+    NewTokens,
+    PagedLayer,
+    Recalls,
+    Residency,
+    SelectionRule,
+)
+from arkvale_kernels.residency import kernel as residency
+from arkvale_kernels.residency import reference as residency_reference
+from arkvale_kernels.score import kernel as score
+from arkvale_kernels.select import kernel as select
+from arkvale_kernels.select import reference as select_reference
+from arkvale_kernels.transfer import kernel as transfer
+from arkvale_kernels.transfer import reference as transfer_reference
 
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """Sizes of a run; tokens unless a name says otherwise."""
-
-    shape: dict[str, int]
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    decoded: tuple[int, int]
-    """Two output lengths whose difference in latency is decoding alone."""
-    kv_bytes: int
-    prompts: tuple[int, ...]
-    requests: int
-    new: int
-    short: int
-    prefill: int
-    rounds: int
-    budget: int
-    dense_layers: int
-    caps: tuple[int, int] | None = None
-    """Logical and frame tokens outside the throughput section; None: what the memory allows."""
-
-
-LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
-            "head_dim": 128}  # fmt: skip
-LLAMA_1B = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256,
-            "head_dim": 64}  # fmt: skip
-TINY = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 258}
-SCALES = {
-    "full": Scale(LLAMA_8B, (32768, 131072), (1, 4, 16), (8, 72), 40 * 10**9,
-                  (30000, 20000, 10000), 32, 192, 512, 131072, 3, 2048, 2),
-    "small": Scale(LLAMA_1B, (8192, 32768), (1, 4), (8, 72), 2 * 10**9,
-                   (30000, 20000, 10000), 16, 128, 512, 32768, 3, 2048, 2),
-    "tiny": Scale(TINY, (1024,), (1, 2), (4, 16), 20 * 10**6,
-                  (1024, 512), 10, 16, 128, 1024, 2, 256, 1, (8192, 1024)),
-}  # fmt: skip
+KIND = "cuboid-mean"
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One row of the result."""
+class Shape:
+    """One layer of a model, and how its cache is cut."""
 
-    section: str
-    tokens: int
-    batch: int
+    name: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int = 32
+    groups: int = 1
+    dtype: torch.dtype = torch.bfloat16
 
     @property
-    def name(self) -> str:
-        """What the table calls it."""
-        size = f"{self.tokens // 1024}K" if self.tokens % 1024 == 0 else str(self.tokens)
-        return f"{self.section} {size} x{self.batch}"
+    def lane_heads(self) -> int:
+        """KV heads of a lane."""
+        return self.kv_heads // self.groups
 
-    def prompts(self, vocabulary: int) -> list[list[int]]:
-        """Random prompts: the same ones for both sides and for every batch size."""
-        top = min(vocabulary, 128000)
-        made = []
-        for row in range(self.batch):
-            rng = random.Random(f"{self.section} {self.tokens} {row}")
-            made.append([rng.randrange(2, top) for _ in range(self.tokens)])
-        return made
+    @property
+    def lane_query_heads(self) -> int:
+        """Query heads of a lane."""
+        return self.query_heads // self.groups
 
-
-def cases(scale: Scale, section: str) -> list[Case]:
-    """Rows of a section, those of most interest first."""
-    if section == "tpot":
-        return [Case(section, size, batch) for batch in scale.batches for size in scale.contexts]
-    if section == "throughput":
-        return [Case(section, size, scale.requests) for size in scale.prompts]
-    return [Case(section, scale.short if section == "under-budget" else scale.prefill, 1)]
+    @property
+    def scaling(self) -> float:
+        """Softmax scale."""
+        return self.head_dim**-0.5
 
 
-class Refused(Exception):
-    """Why a row has no figure, in one sentence."""
+def empty_layer(
+    shape: Shape, device: torch.device, *, pages: int, frames: int, backed: int | None = None
+) -> PagedLayer:
+    """A layer with nothing resident; backups for the first ``backed`` lane pages only."""
+    lanes = shape.groups * (pages + 1)
+    lane_frames = shape.groups * frames + 1
+    page = (shape.page_size, shape.lane_heads, shape.head_dim)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=shape.dtype, device=device)
+
+    host = torch.randn((lanes if backed is None else backed, 2, *page), dtype=shape.dtype)
+    heat = torch.full((lane_frames,), FREE, device=device)
+    heat[-1] = PINNED
+    return PagedLayer(
+        random(lane_frames, *page),
+        random(lane_frames, *page),
+        host.pin_memory() if device.type == "cuda" else host,
+        random(lanes, 2, *page[1:]).sort(1, descending=True).values,
+        Residency(
+            torch.full((lanes,), -1, dtype=torch.int32, device=device),
+            torch.full((lane_frames,), -1, dtype=torch.int32, device=device),
+            heat,
+        ),
+    )
 
 
-class Meter:
-    """Measures cases on one running server until a deadline."""
-
-    def __init__(self, server: Server, scale: Scale, deadline: float):
-        self.server, self.scale, self.deadline = server, scale, deadline
-        self.capacity = int(server.get("/server_info")["max_total_num_tokens"])
-
-    def run(self, case: Case) -> Outcome:
-        """The figure of a case with its raw numbers, or ``refused`` with the reason."""
-        measure: Callable[[Case], Outcome] = {
-            "tpot": self.per_token,
-            "under-budget": self.per_token,
-            "prefill": self.first_token,
-            "throughput": self.throughput,
-        }[case.section]
-        try:
-            return measure(case)
-        except Refused as reason:
-            return {"refused": str(reason)}
-        except TimeoutError:
-            return {"refused": "not run: the time limit was reached."}
-        except (OSError, ValueError, KeyError) as error:
-            return {"refused": f"failed: {last_words(self.server, error)}"}
-
-    def warm(self) -> None:
-        """Compile and capture what short requests need."""
-        for tokens in (self.scale.short, 40):
-            prompts = Case("warm", tokens, 2).prompts(self.scale.shape["vocab_size"])
-            self.generate(prompts, self.scale.decoded[0])
-
-    def generate(self, prompts: list[list[int]], new: int) -> tuple[float, list[Any]]:
-        """Seconds of one batched request, and its answers."""
-        start = time.monotonic()
-        answers = self.server.post("/generate", body(prompts, new), timeout=self._left())
-        if not isinstance(answers, list):
-            raise ValueError(str(answers)[:200])
-        return time.monotonic() - start, answers
-
-    def _left(self) -> float:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-    def _fits(self, case: Case, new: int, rows: int) -> list[list[int]]:
-        self._left()
-        need = rows * (case.tokens + new)
-        if need > self.capacity:
-            raise Refused(f"does not fit: {need} tokens needed, the cache holds {self.capacity}.")
-        return case.prompts(self.scale.shape["vocab_size"])
-
-    def per_token(self, case: Case) -> Outcome:
-        """Milliseconds per step of a batch whose prompts are cached."""
-        few, many = self.scale.decoded
-        prompts = self._fits(case, many, case.batch)
-        for prompt in prompts:
-            self.generate([prompt], 1)
-        self.generate(prompts, few)
-        raw, cached = [], case.tokens
-        for _ in range(self.scale.rounds):
-            took = []
-            for new in (few, many):
-                seconds, answers = self.generate(prompts, new)
-                took.append(seconds)
-                cached = min(cached, *(answer["meta_info"]["cached_tokens"] for answer in answers))
-            raw.append((took[1] - took[0]) / (many - few) * 1e3)
-        if cached < case.tokens - SLACK_TOKENS:
-            raise Refused(f"void: only {cached} of {case.tokens} prompt tokens stayed cached.")
-        return {"value": statistics.median(raw), "unit": "ms/token", "raw": raw}
-
-    def first_token(self, case: Case) -> Outcome:
-        """Seconds to the first token of prompts never seen before."""
-        vocabulary = self.scale.shape["vocab_size"]
-        self._fits(case, 1, 1)
-        self.generate(Case("cold", case.tokens // 8, 1).prompts(vocabulary), 1)
-        raw = []
-        for row in Case("prefill", case.tokens, 2).prompts(vocabulary):
-            seconds, answers = self.generate([row], 1)
-            if answers[0]["meta_info"]["cached_tokens"] > SLACK_TOKENS:
-                raise Refused("void: the prompt was cached.")
-            raw.append(seconds)
-        return {"value": statistics.median(raw), "unit": "s", "raw": raw}
-
-    def throughput(self, case: Case) -> Outcome:
-        """Tokens per second while the most requests that fit decode together."""
-        prompts = self._fits(case, self.scale.new, 1)
-        start, events = time.monotonic(), []
-        for event in self.server.stream(body(prompts, self.scale.new)):
-            self._left()
-            meta = event["meta_info"]
-            events.append((time.monotonic() - start, event["index"], meta["completion_tokens"]))
-        seconds = time.monotonic() - start
-        return {
-            **steady(events, self.scale.new),
-            "unit": "tokens/s",
-            "served_per_second": case.batch * self.scale.new / seconds,
-            "seconds": seconds,
-        }
+def copy_of(layer: PagedLayer) -> PagedLayer:
+    """Everything cloned; the backup stays pinned."""
+    host = layer.host.clone()
+    return PagedLayer(
+        layer.k_frames.clone(),
+        layer.v_frames.clone(),
+        host.pin_memory() if layer.host.is_pinned() else host,
+        layer.digests.clone(),
+        Residency(*(table.clone() for table in layer.residency)),
+    )
 
 
-def body(prompts: list[list[int]], new: int) -> dict[str, Any]:
-    """A greedy request for exactly ``new`` tokens per prompt."""
-    sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
-    return {"input_ids": prompts, "sampling_params": sampling}
+def make_resident(layer: PagedLayer, shape: Shape, pages: torch.Tensor) -> None:
+    """Give logical ``pages`` [n] int64 frames in every lane, cold ones, filled from the backup."""
+    stacked = Residency(*(table.unsqueeze(0) for table in layer.residency))
+    heat = torch.arange(1, pages.shape[0] + 1, device=pages.device)
+    residency_reference.claim_frames(stacked, pages, heat, shape.groups, 0)
+    stride = layer.residency.frame_of.shape[0] // shape.groups
+    lanes = torch.arange(shape.groups, device=pages.device).unsqueeze(1) * stride
+    lane_pages = (pages + lanes).flatten()
+    lane_pages = lane_pages[lane_pages < layer.host.shape[0]]
+    frames = layer.residency.frame_of[lane_pages]
+    transfer_reference.move_pages(
+        layer, None, Recalls(lane_pages, frames), torch.zeros((), dtype=torch.int64), KIND
+    )
 
 
-def steady(events: list[tuple[float, int, int]], new: int) -> Outcome:
-    """Decode rate from (time, request, tokens so far), between the last start and the first end.
-
-    Requests that start after the first one ended waited for memory: they count for nothing here.
-    """
-    first: dict[int, float] = {}
-    for at, index, _ in events:
-        first.setdefault(index, at)
-    end = min((at for at, _, tokens in events if tokens >= new), default=-math.inf)
-    together = {index for index, at in first.items() if at < end}
-    begin = max((first[index] for index in together), default=math.inf)
-    rate, widest = 0.0, 0.0
-    for index in together:
-        points = [(at, tokens) for at, i, tokens in events if i == index and begin <= at <= end]
-        if len(points) > 1 and points[-1][0] > points[0][0]:
-            span = points[-1][0] - points[0][0]
-            rate += (points[-1][1] - points[0][1]) / span
-            widest = max(widest, span)
-    if not rate:
-        raise Refused("void: requests ended before the others began; raise the output length.")
-    return {"value": rate, "together": len(together), "window_seconds": widest}
+def row_pages(shape: Shape, counts: list[int], stride: int, device: torch.device) -> torch.Tensor:
+    """Random distinct pages per row, ``[rows * groups, most pages]`` int32 lane pages."""
+    table = torch.zeros((len(counts), max(counts)), dtype=torch.int32, device=device)
+    for row, count in enumerate(counts):
+        table[row, :count] = 1 + torch.randperm(stride - 1, device=device)[:count].int()
+    lanes = torch.arange(shape.groups, device=device, dtype=torch.int32) * stride
+    return (table.unsqueeze(1) + lanes.view(1, -1, 1)).flatten(0, 1).contiguous()
 
 
-def last_words(server: Server, error: BaseException) -> str:
-    """The line of the server's log that says most, or the error itself."""
-    if isinstance(error, urllib.error.HTTPError):
-        return error.read().decode(errors="replace")[:300]
-    lines = [line.strip() for line in server.tail(200).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or "out of memory" in line.lower()]
-    return (telling[-1] if telling else f"{type(error).__name__}: {error}")[:300]
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the size of what was expected."""
+    expected = expected.double()
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, roundings: float) -> float:
+    """The error, which must stay within so many roundings of the dtype found."""
+    worst = error(found, expected)
+    limit = roundings * torch.finfo(found.dtype).eps
+    assert worst <= limit, f"error {worst:.2e} exceeds {limit:.2e}"
+    return worst
+
+
+def dense(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+    """One row in float64: ``[heads, dim]`` over ``[tokens, KV heads, dim]``."""
+    ratio = query.shape[0] // k.shape[1]
+    k, v = (part.double().repeat_interleave(ratio, 1) for part in (k, v))
+    weights = torch.softmax(torch.einsum("hd,thd->ht", query.double(), k) * scaling, -1)
+    return torch.einsum("ht,thd->hd", weights, v)
+
+
+def check_digest(shape: Shape, device: torch.device) -> float:
+    """All pages of a prefill chunk."""
+    size = (37, shape.page_size, shape.lane_heads, shape.head_dim)
+    keys = torch.randn(size, dtype=shape.dtype, device=device)
+    wide = keys.double()
+    center = (wide.amax(1) + wide.amin(1)) / 2
+    radius = (wide - center.unsqueeze(1)).abs().mean(1)
+    expected = torch.stack((center + radius, center - radius), 1)
+    return close(digest.build_digests(keys, KIND, keys.dtype), expected, 1)
+
+
+def check_score(shape: Shape, device: torch.device) -> float:
+    """Ragged rows, inert ones and ones under budget."""
+    layer = empty_layer(shape, device, pages=400, frames=8, backed=1)
+    counts = [390, 0, 10, 257]
+    lane_pages = row_pages(shape, [max(1, count) for count in counts], 401, device)
+    by_lane = torch.tensor(counts, dtype=torch.int32, device=device).repeat_interleave(shape.groups)
+    size = (len(by_lane), shape.lane_query_heads, shape.head_dim)
+    query = torch.randn(size, dtype=shape.dtype, device=device)
+    rule = SelectionRule(64, 32, 2, 2)
+    frame_of = layer.residency.frame_of
+    found = score.score_pages(
+        query, layer.digests, frame_of, lane_pages, by_lane, rule, "mean", shape.scaling
+    )
+    q = query.double().unflatten(1, (shape.lane_heads, -1)).unsqueeze(1)
+    bounds = layer.digests.double()[lane_pages.long()].unsqueeze(4)
+    expected = torch.maximum(q * bounds[:, :, 0], q * bounds[:, :, 1]).sum((2, 4))
+    expected = expected.sum(-1) if expected.dim() > 2 else expected
+    competing = rule.competing(by_lane, lane_pages.shape[1])
+    expected = expected / shape.lane_query_heads
+    return close(found[competing], expected[competing], 256)
+
+
+def check_select(shape: Shape, device: torch.device) -> float:
+    """The same pages as the definition, whose ranking is one top-k."""
+    rule = SelectionRule(64, 30, 2, 2)
+    counts = torch.tensor([5000, 0, 40, 65, 900], dtype=torch.int32, device=device)
+    lane_pages = torch.arange(1, 5001, dtype=torch.int32, device=device).repeat(5, 1)
+    scores = torch.randperm(25000, device=device).float().view(5, 5000)
+    scores = ((scores.view(torch.int32) & ~1) | (scores.int() % 3 == 0)).view(torch.float32)
+    found = select.select_pages(scores, lane_pages, counts, rule)[0].sort(1).values
+    expected = select_reference.select_pages(scores, lane_pages, counts, rule)[0].sort(1).values
+    assert torch.equal(found, expected), "other pages were chosen"
+    return 0.0
+
+
+def check_resolve(shape: Shape, device: torch.device) -> float:
+    """Tables, totals and lists after free frames, evictions and shared misses."""
+    layer = empty_layer(shape, device, pages=300, frames=150, backed=1)
+    make_resident(layer, shape, 1 + torch.randperm(300, device=device)[:140])
+    tables = [Residency(*(table.clone() for table in layer.residency)) for _ in range(2)]
+    wanted = row_pages(shape, [40, 40, 13], 301, device)
+    counts = [torch.zeros(5, dtype=torch.int64, device=device) for _ in range(2)]
+    scores = torch.randn(wanted.shape, device=device)
+    clock = torch.full((), 7, device=device)
+    for implementation, table, count in zip(
+        (residency, residency_reference), tables, counts, strict=True
+    ):
+        implementation.resolve_pages(table, wanted, scores, clock, count, shape.groups, None)
+    assert torch.equal(*counts), f"counted {counts[0].tolist()}, not {counts[1].tolist()}"
+    resident = [table.frame_of >= 0 for table in tables]
+    assert torch.equal(*resident), "other pages are resident"
+    assert torch.equal(tables[0].heat.sort().values, tables[1].heat.sort().values), "heat differs"
+    return 0.0
+
+
+def check_move(shape: Shape, device: torch.device) -> float:
+    """A step that appends, seals and recalls, bit for bit."""
+    layer = empty_layer(shape, device, pages=60, frames=40)
+    make_resident(layer, shape, torch.arange(1, 31, device=device))
+    heads = (shape.lane_heads, shape.head_dim)
+    rows = torch.tensor([1, 2, 0, 4], dtype=torch.int32, device=device)
+    offsets = torch.tensor([shape.page_size - 1, 3, 1, 0], dtype=torch.int32, device=device)
+    k, v = (torch.randn((4, *heads), dtype=shape.dtype, device=device) for _ in range(2))
+    free = (layer.residency.page_in[:-1] < 0).nonzero().flatten()[:8].int()
+    recalls = Recalls(torch.arange(41, 49, dtype=torch.int32, device=device)[: len(free)], free)
+    clock = torch.full((), 9, device=device)
+    copies = [copy_of(layer), copy_of(layer)]
+    new = NewTokens(rows, offsets, k, v)
+    transfer.move_pages(copies[0], new, recalls, clock, KIND)
+    transfer_reference.move_pages(copies[1], new, recalls, clock, KIND)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for name in ("k_frames", "v_frames"):
+        found, expected = (getattr(layer, name)[:-1] for layer in copies)
+        assert torch.equal(found, expected), f"{name} differ"
+    assert torch.equal(copies[0].host, copies[1].host), "backups differ"
+    return close(copies[0].digests, copies[1].digests, 1)
+
+
+def check_prefill_transfers(shape: Shape, device: torch.device) -> float:
+    """Seal a chunk's pages, then gather them back from frames and backups, bit for bit."""
+    layer = empty_layer(shape, device, pages=40, frames=20)
+    make_resident(layer, shape, torch.arange(1, 11, device=device))
+    size = (20 * shape.page_size, shape.kv_heads, shape.head_dim)
+    k, v = (torch.randn(size, dtype=shape.dtype, device=device) for _ in range(2))
+    lanes = torch.arange(shape.groups, device=device, dtype=torch.int32) * 41
+    pages = torch.arange(1, 21, device=device, dtype=torch.int32)
+    lane_pages = (pages.unsqueeze(1) + lanes).flatten()
+    first = torch.arange(0, 20 * shape.page_size, shape.page_size, device=device)
+    transfer.seal_pages(layer, lane_pages, first, k, v, KIND)
+    staged = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+    transfer.gather_pages(layer, lane_pages, shape.groups, staged)
+    assert torch.equal(staged[0], k) and torch.equal(staged[1], v), "gathered pages differ"
+    return 0.0
+
+
+def check_attend(shape: Shape, device: torch.device) -> float:
+    """Decode over scattered frames, ragged lengths, an inert row."""
+    frames = torch.randn((300, shape.page_size, shape.lane_heads, shape.head_dim), device=device)
+    k_frames, v_frames = frames.to(shape.dtype), frames.flip(0).to(shape.dtype)
+    counts = [64, 1, 0, 17]
+    lengths = [max(0, count * shape.page_size - 5) for count in counts]
+    lists = torch.randperm(300, device=device)[: 4 * 64].view(4, 64).int()
+    size = (4, shape.lane_query_heads, shape.head_dim)
+    query = torch.randn(size, dtype=shape.dtype, device=device)
+    out, _ = attend.attend_frames(
+        query, k_frames, v_frames, lists, torch.tensor(lengths, device=device), shape.scaling, None
+    )
+    expected = torch.zeros(size, dtype=torch.float64, device=device)
+    for row, length in enumerate(lengths):
+        if length:
+            k, v = (part[lists[row].long()].flatten(0, 1)[:length] for part in (k_frames, v_frames))
+            expected[row] = dense(query[row], k, v, shape.scaling)
+    return close(out, expected, 4)
+
+
+def check_prefill(shape: Shape, device: torch.device, source=attend) -> float:
+    """A chunk over itself and its prefix, merged, against dense attention of the whole."""
+    prefix, chunk = 200, 77
+    size = (prefix + chunk, shape.kv_heads, shape.head_dim)
+    k, v = (torch.randn(size, dtype=shape.dtype, device=device) for _ in range(2))
+    query = torch.randn(
+        (chunk, shape.query_heads, shape.head_dim), dtype=shape.dtype, device=device
+    )
+    own = source.attend_chunk(query, k[prefix:], v[prefix:], shape.scaling)
+    before = source.attend_part(query, k[:prefix], v[:prefix], shape.scaling)
+    merged, _ = attend.merge_parts(own, before)
+    expected = torch.stack(
+        [
+            dense(q, k[: prefix + row + 1], v[: prefix + row + 1], shape.scaling)
+            for row, q in enumerate(query)
+        ]
+    )
+    return close(merged.to(shape.dtype), expected, 4)
+
+
+def check_flashinfer_decode(shape: Shape, device: torch.device) -> float:
+    """One plan, indices rewritten between two runs: each must be what its own indices say."""
+    decode = flashinfer.FlashInferDecode(
+        flashinfer.AttentionShape(
+            shape.lane_query_heads, shape.lane_heads, shape.head_dim, shape.page_size, shape.dtype,
+            shape.scaling,
+        ),
+        3, 3 * 20, torch.empty(flashinfer.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+        fixed=False,
+    )  # fmt: skip
+    lengths = [20 * shape.page_size, 3 * shape.page_size - 7, 5]
+    decode.plan(lengths)
+    frames = torch.randn((99, shape.page_size, shape.lane_heads, shape.head_dim), device=device)
+    k_frames, v_frames = frames.to(shape.dtype), frames.flip(0).to(shape.dtype)
+    size = (3, shape.lane_query_heads, shape.head_dim)
+    query = torch.randn(size, dtype=shape.dtype, device=device)
+    worst = 0.0
+    for _ in range(2):
+        lists: FrameLists = decode.lists
+        lists.indices.copy_(torch.randperm(99, device=device)[: 3 * 20].int())
+        out = decode.run(query, k_frames, v_frames, shape.scaling)
+        for row, length in enumerate(lengths):
+            own = lists.indices[int(lists.starts[row]) : int(lists.starts[row + 1])].long()
+            k, v = (part[own].flatten(0, 1)[:length] for part in (k_frames, v_frames))
+            worst = max(worst, close(out[row], dense(query[row], k, v, shape.scaling), 4))
+    return worst
+
+
+CHECKS: dict[str, Callable[[Shape, torch.device], float]] = {
+    "digest": check_digest,
+    "score": check_score,
+    "select": check_select,
+    "resolve": check_resolve,
+    "move": check_move,
+    "prefill transfers": check_prefill_transfers,
+    "attend": check_attend,
+    "prefill attention": check_prefill,
+}

@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 import torch
-from gpu_cases import SCALES, SECTIONS, Case, Meter, Outcome, Scale, cases, last_words
+from e2e_cases import SCALES, SECTIONS, Case, Meter, Outcome, Scale, cases, last_words
 
 from arkvale_sglang.cli import launch
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
@@ -120,23 +120,21 @@ class Bench:
     def side_flags(self, side: str, equal: bool) -> list[str]:
         """Flags of one server; ``equal`` is for the section that compares at equal KV bytes."""
         flags = self.common()
+        frames = None
         if equal:
             tokens, plan = self.equal_plan()
-            logical, frames = plan.logical_tokens, plan.frames * plan.geometry.page_size
-            limits, host = (tokens if side == "stock" else logical, frames), plan.host_bytes
-            host += plan.geometry.page_host_bytes
+            frames = plan.frames * plan.geometry.page_size
+            host = plan.host_bytes + plan.geometry.page_host_bytes
+            flags += ["--max-total-tokens", str(tokens if side == "stock" else plan.logical_tokens)]
         else:
             widest = max(self.scale.batches) * (max(self.scale.contexts) + sum(self.scale.decoded))
-            pages = self.scale.caps[0] // 32 + 2 if self.scale.caps else widest // 32 + 2
-            limits = self.scale.caps or (0, 0)
+            pages = widest // self.geometry.page_size + 2
             host = min(self.host_bytes, pages * self.geometry.page_host_bytes)
-        if limits[0]:
-            flags += ["--max-total-tokens", str(limits[0])]
         if side == "stock":
             choice = stock_attention(self.options)
             return flags + (["--attention-backend", choice] if choice else [])
-        frames_flag = ["--arkvale-device-tokens", str(limits[1])] if limits[1] else []
-        return [*flags, *self.policy(host / GIB), *frames_flag]
+        sized = [] if frames is None else ["--arkvale-device-tokens", str(frames)]
+        return [*flags, *self.policy(host / GIB), *sized]
 
     def run_side(self, side: str, rows: list[Case], equal: bool, deadline: float) -> list[Outcome]:
         """Start one server and measure its rows on it."""
@@ -174,10 +172,11 @@ class Bench:
 
     def run(self, sections: list[str]) -> list[dict[str, Any]]:
         """All rows of all sections; servers are shared where their sizes allow."""
-        groups = [(False, [name for name in sections if name != "throughput"]),
-                  (True, [name for name in sections if name == "throughput"])]  # fmt: skip
-        runs = [(equal, [case for name in names for case in cases(self.scale, name)])
-                for equal, names in groups if names]  # fmt: skip
+        groups: dict[bool, list[Case]] = {}
+        for name in sections:
+            equal = self.scale.equal or name == "throughput"
+            groups.setdefault(equal, []).extend(cases(self.scale, name))
+        runs = sorted(groups.items())
         shares, rows = 2 * len(runs), []
         for equal, todo in runs:
             found = {}

@@ -41,8 +41,7 @@ BUILD_ALLOCATOR = HookPoint(
 )
 ALLOCATE_POOLS = HookPoint(f"{_RUNNER}.alloc_memory_pool")
 INIT_BACKENDS = HookPoint(f"{_RUNNER}.init_attention_backends")
-PREFILL_BATCH = HookPoint(f"{_SCHEDULER}.get_new_batch_prefill", ("running_batch",))
-ALLOCATABLE_REQUESTS = HookPoint(f"{_SCHEDULER}.get_num_allocatable_reqs", ("running_bs",))
+ADD_REQUEST = HookPoint("sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", ("req",))
 CHECK_DECODE_MEMORY = HookPoint(
     "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", ("selected_indices",)
 )

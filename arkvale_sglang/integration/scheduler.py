@@ -29,9 +29,6 @@ from arkvale_sglang.policy.admission import FrameAdmission
 
 logger = logging.getLogger(__name__)
 Hook = Callable[[compat.HookPoint, HookType, Callable[..., Any]], None]
-ADD_REQUEST = compat.HookPoint(
-    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", ("req",)
-)
 
 
 def install(config: ArkValeConfig, hook: Hook) -> None:
@@ -45,7 +42,7 @@ def install(config: ArkValeConfig, hook: Hook) -> None:
     hook(compat.BUILD_ALLOCATOR, around, wiring.build_allocator)
     hook(compat.ALLOCATE_POOLS, after, wiring.check_pools)
     hook(compat.INIT_BACKENDS, after, wiring.check_backend)
-    hook(ADD_REQUEST, around, wiring.add_request)
+    hook(compat.ADD_REQUEST, around, wiring.add_request)
     hook(compat.CHECK_DECODE_MEMORY, around, wiring.check_decode_memory)
     hook(compat.INTERNAL_STATE, after, wiring.internal_state)
     hook(compat.CHECK_POOLS, after, wiring.check_invariants)

@@ -10,6 +10,7 @@ import os
 
 import torch
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -27,6 +28,15 @@ def check_same_dtype(name: str, tensor: torch.Tensor, other_name: str, other: to
     """Raise ``ValueError`` unless both tensors have one dtype."""
     if tensor.dtype != other.dtype:
         raise ValueError(f"{name} is {tensor.dtype} but {other_name} is {other.dtype}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has one of the dtypes."""
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(dtype) for dtype in allowed)
+        raise ValueError(
+            f"{name} must be {wanted} with shape {tuple(tensor.shape)}, got {tensor.dtype}"
+        )
 
 
 def check_integers(**tensors: torch.Tensor) -> None:
@@ -61,10 +71,20 @@ def check_device(like: torch.Tensor, **tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
-def check_ids(name: str, ids: torch.Tensor, limit: int, least: int = 0) -> None:
-    """Under ``ARKVALE_DEBUG=1``: raise ``ValueError`` unless every id is in range."""
+def check_ids(
+    name: str,
+    ids: torch.Tensor,
+    limit: int,
+    least: int = 0,
+    counts: torch.Tensor | None = None,
+) -> None:
+    """Under ``ARKVALE_DEBUG=1``: raise ``ValueError`` unless every id is in range; with ``counts
+    [rows]``, only so many first ids of each row are ids at all."""
     if os.environ.get("ARKVALE_DEBUG", "") in ("", "0") or ids.numel() == 0:
         return
+    if counts is not None:
+        index = torch.arange(ids.shape[1], device=ids.device)
+        ids = ids.masked_fill(index >= counts.unsqueeze(1), least)
     low, high = (int(end) for end in ids.aminmax())
     if low < least or high >= limit:
         raise ValueError(f"{name} must hold ids from {least} to {limit - 1}, got {low} to {high}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -26,7 +27,8 @@ def load(name: str):
 
 
 offline = load("offline_wheels")
-gpu_cases = load("gpu_cases")
+e2e_cases = load("e2e_cases")
+gpu_e2e = load("gpu_e2e")
 
 
 def run(*command: str, seconds: float, **env: str) -> subprocess.CompletedProcess[str]:
@@ -159,11 +161,11 @@ def test_the_pins_are_those_of_the_release_profile():
 def test_decode_rate_counts_requests_that_decode_together():
     begun = [(1.0, 0, 1), (2.0, 1, 1), (4.0, 0, 21), (4.0, 1, 21), (6.0, 0, 41), (6.1, 1, 41)]
     late = [(7.0, 2, 1), (9.0, 2, 41)]
-    found = gpu_cases.steady([*begun, *late], 41)
+    found = e2e_cases.steady([*begun, *late], 41)
     assert found["together"] == 2
     assert found["value"] == pytest.approx(20 / 2 + 20 / 2)
-    with pytest.raises(gpu_cases.Refused, match="before the others began"):
-        gpu_cases.steady([(1.0, 0, 41), (2.0, 1, 1), (3.0, 1, 41)], 41)
+    with pytest.raises(e2e_cases.Refused, match="before the others began"):
+        e2e_cases.steady([(1.0, 0, 41), (2.0, 1, 1), (3.0, 1, 41)], 41)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,22 @@ def test_the_gpu_benchmark_refuses_what_it_cannot_run(flags, words):
     assert all(word in last for word in words), last
 
 
+def test_both_sides_hold_the_same_bytes_at_full_scale():
+    options = argparse.Namespace(
+        budget=2048, attention=None, stock_attention="triton", device="cuda", host_memory=100
+    )
+    bench = gpu_e2e.Bench(options, e2e_cases.SCALES["full"], Path("model"), 0.0)
+    sizes = gpu_e2e.equal_memory(bench)
+    assert sizes["stock_tokens"] == 40 * 10**9 // 131072
+    assert 0.99 * sizes["stock_bytes"] < sizes["arkvale_bytes"] <= sizes["stock_bytes"]
+    flags = bench.side_flags("arkvale", equal=True)
+    assert int(flags[flags.index("--max-total-tokens") + 1]) > 2 * sizes["stock_tokens"]
+    assert {"--arkvale-device-tokens", "--skip-tokenizer-init", "dummy"} <= set(flags)
+    free = bench.side_flags("arkvale", equal=False)
+    assert not {"--arkvale-device-tokens", "--max-total-tokens"} & set(free)
+    assert "--kv-policy" not in bench.side_flags("stock", equal=True)
+
+
 def test_the_gpu_benchmark_runs_at_tiny_scale(tmp_path):
     out = tmp_path / "e2e.json"
     flags = ("--device", "cpu", "--scale", "tiny", "--time-limit", "8", "--out", str(out))
@@ -188,10 +206,10 @@ def test_the_gpu_benchmark_runs_at_tiny_scale(tmp_path):
     result = json.loads(out.read_text())
     assert {"machine", "versions", "commit", "flags", "equal_memory"} <= set(result)
     sections = [row["section"] for row in result["rows"]]
-    assert sections == ["tpot", "tpot", "under-budget", "prefill", "throughput", "throughput"]
+    assert sections == ["tpot", "tpot", "throughput", "throughput", "under-budget", "prefill"]
     for row in result["rows"]:
         assert row["ratio"] and row["ratio"] > 0, row
         assert row["case"] in done.stdout
     sizes = result["equal_memory"]
     assert 0.9 * sizes["stock_bytes"] < sizes["arkvale_bytes"] <= sizes["stock_bytes"]
-    assert result["counters"]["all memory"]["pages_evicted"] > 0
+    assert result["counters"]["equal memory"]["pages_evicted"] > 0

@@ -2,184 +2,283 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arkvale_kernels.select import select_pages
+from arkvale_kernels.layout import SelectionRule
+from arkvale_kernels.select import kernel, reference, select_pages
 from support import oracle
-from support.numeric import same_bits
+from support.guards import Guards
 
-BUDGET = 6
+GARBAGE = 2**30
+IMPLEMENTATIONS = {"reference": reference.select_pages, "kernel": kernel.select_pages}
+by_implementation = pytest.mark.parametrize(
+    "select", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys()
+)
 
 
-def batch(draw: np.random.Generator, counts: list[int], pages: int, residency: float):
-    """Rows of ``counts`` pages with distinct finite scores and random lane page ids; the last page
-    of a row is its open one."""
-    rows = len(counts)
-    scores = torch.full((rows, pages), -torch.inf)
-    lane_pages = torch.zeros(rows, pages, dtype=torch.int32)
-    resident = torch.zeros(rows, pages, dtype=torch.bool)
+def marked(scores: torch.Tensor, resident: torch.Tensor) -> torch.Tensor:
+    """Scores whose lowest bit tells which pages are resident."""
+    return ((scores.view(torch.int32) & ~1) | resident.int()).view(torch.float32)
+
+
+def batch(draw: np.random.Generator, counts: list[int], residency: float, rule: SelectionRule):
+    """Distinct scores, NaN where the score does not decide; random page ids, garbage beyond a
+    row's end."""
+    rows, width = len(counts), max(counts) + 1
+    scores = torch.full((rows, width), torch.nan)
+    lane_pages = torch.full((rows, width), GARBAGE, dtype=torch.int32)
     for row, count in enumerate(counts):
-        closed = count - 1
-        scores[row, :closed] = torch.from_numpy(
-            draw.permutation(2 * pages)[:closed] - pages
-        ).float()
-        lane_pages[row, :count] = torch.from_numpy(1 + draw.permutation(10 * pages)[:count])
-        resident[row, :count] = torch.from_numpy(draw.random(count) < residency)
-    return scores, lane_pages, resident
+        lane_pages[row, :count] = torch.from_numpy(1 + draw.permutation(3 * width)[:count])
+        values = torch.from_numpy(draw.permutation(2 * width)[:count] - width) / 8
+        if count > rule.budget:
+            inner = slice(rule.sinks, count - rule.window)
+            resident = torch.from_numpy(draw.random(count) < residency)
+            scores[row, inner] = marked(values.float(), resident)[inner]
+    return scores, lane_pages, torch.tensor(counts, dtype=torch.int32)
 
 
-def open_places(counts: list[int], budget: int) -> torch.Tensor:
-    """Where the open page stands and where it goes."""
-    return torch.tensor([[count - 1, min(count, budget) - 1] for count in counts])
+def held(guards: Guards, scores, lane_pages, counts):
+    """Inputs that must not change, page ids as a view of wider rows."""
+    width = lane_pages.shape[1]
+    return (
+        guards.hold(scores, frozen=True),
+        guards.hold(lane_pages, frozen=True, row_stride=width + 5),
+        guards.hold(counts, frozen=True),
+    )
 
 
-def expected_list(scores, resident, must: int, budget: int, cap: int | None) -> list[int]:
-    """Indices of one row by falling score, from the API's own words."""
-    ranked = [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] > -np.inf]
-    missing = [page for page in ranked[:must] if not resident[page]]
-    recalled = missing if cap is None else missing[:cap]
-    return [page for page in ranked if resident[page] or page in recalled][: budget - 1]
+def row_choice(chosen: tuple[torch.Tensor, torch.Tensor], row: int) -> dict[int, float]:
+    """Page ids and importances of a row, padding left out after a look at it."""
+    pages, importance = (part[row].tolist() for part in chosen)
+    listed = {page: score for page, score in zip(pages, importance, strict=True) if page}
+    assert len(listed) == sum(page != 0 for page in pages), "a page is chosen once"
+    assert all(score == -np.inf for page, score in zip(pages, importance, strict=True) if page == 0)
+    return listed
 
 
-@settings(max_examples=150, deadline=None)
+def assert_rule(chosen, scores, lane_pages, counts, rule: SelectionRule) -> None:
+    """Every row holds exactly the pages of the oracle, each beside its score."""
+    assert chosen[0].dtype == torch.int32 and chosen[1].dtype == torch.float32
+    assert chosen[0].shape == chosen[1].shape == (len(counts), rule.budget)
+    resident = (scores.view(torch.int32) & 1) == 1
+    for row, count in enumerate(counts.tolist()):
+        found = row_choice(chosen, row)
+        if count == 0:
+            assert found == {}
+            continue
+        inner = range(rule.sinks, count - rule.window) if count > rule.budget else range(0)
+        values = {place: scores[row, place].item() for place in inner}
+        held = set(resident[row].nonzero().flatten().tolist())
+        if count <= rule.budget:
+            held = set(range(count))
+        held |= set(range(count)) - set(inner)
+        places = oracle.select(
+            count, values, held, budget=rule.budget, sinks=rule.sinks, window=rule.window,
+            must=rule.must, cap=rule.recall_cap,
+        )  # fmt: skip
+        expected = {int(lane_pages[row, p]): values.get(p, np.inf) for p in places}
+        assert found == expected
+        last = min(count, rule.budget) - 1
+        assert chosen[0][row, last] == lane_pages[row, count - 1], "the open page stands last"
+
+
+RULES = st.builds(
+    lambda must, spare, sinks, window, cap: SelectionRule(
+        must + spare + sinks + window, must, sinks, window, cap
+    ),
+    st.integers(0, 5),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(1, 3),
+    st.none() | st.integers(0, 6),
+)
+
+
+@by_implementation
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 10**6),
-    counts=st.lists(st.integers(1, 14), min_size=1, max_size=4),
-    must=st.integers(0, BUDGET - 1),
-    cap=st.none() | st.integers(0, 4),
+    counts=st.lists(st.integers(0, 24), min_size=1, max_size=3),
+    rule=RULES,
     residency=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
 )
-def test_the_chosen_list_is_the_rule_applied_to_distinct_scores(seed, counts, must, cap, residency):
-    """Order, scores, padding and place of the open page, for ragged rows at once."""
-    pages = max(counts) + 1
-    scores, lane_pages, resident = batch(np.random.default_rng(seed), counts, pages, residency)
-    inputs = [scores.clone(), lane_pages.clone(), resident.clone()]
-    chosen = select_pages(
-        scores, lane_pages, resident, torch.full((len(counts), 1), must),
-        open_places(counts, BUDGET), budget=BUDGET, recall_cap=cap,
-    )  # fmt: skip
-    for row, count in enumerate(counts):
-        listed = expected_list(scores[row].numpy(), resident[row].numpy(), must, BUDGET, cap)
-        expected = lane_pages.new_zeros(BUDGET)
-        expected[: len(listed)] = lane_pages[row, listed]
-        expected[min(count, BUDGET) - 1] = lane_pages[row, count - 1]
-        assert torch.equal(chosen.lane_pages[row], expected)
-        importance = torch.full((BUDGET,), -torch.inf)
-        importance[: len(listed)] = scores[row, listed]
-        importance[min(count, BUDGET) - 1] = torch.inf
-        assert torch.equal(chosen.scores[row], importance)
-    assert same_bits(scores, inputs[0]) and torch.equal(lane_pages, inputs[1])
-    assert torch.equal(resident, inputs[2])
+def test_the_chosen_list_is_the_rule_applied_to_distinct_scores(
+    select, seed, counts, rule, residency
+):
+    """Pages, scores, padding and place of the open page, for ragged rows at once."""
+    inputs = batch(np.random.default_rng(seed), counts, residency, rule)
+    assert_rule(select(*inputs, rule), *inputs, rule)
 
 
-@pytest.mark.parametrize("cap", [None, 0, 1, 3])
-@pytest.mark.parametrize("seed", range(4))
-def test_forced_pages_come_first_and_agree_with_the_selection_oracle(seed, cap):
-    """Sinks and window score +inf; only which forced page a cap drops is left open."""
-    pages, sinks, window, must = 14, 2, 2, 2
-    scores, lane_pages, resident = batch(np.random.default_rng(seed), [pages], pages, 0.5)
-    candidates = range(sinks, pages - window)
-    values = {page: scores[0, page].item() for page in candidates}
-    scores[0, [0, 1, pages - 2]] = torch.inf
-    budget = sinks + window + must + 2
-    chosen = select_pages(
-        scores, lane_pages, resident, torch.tensor([[sinks + window - 1 + must]]),
-        open_places([pages], budget), budget=budget, recall_cap=cap,
-    )  # fmt: skip
-    index = {int(page): place for place, page in enumerate(lane_pages[0])}
-    found = {index[int(page)] for page in chosen.lane_pages[0] if page > 0}
-    rule = {"budget": budget, "sinks": sinks, "window": window, "must": must}
-    expected = oracle.select(pages, values, set(np.flatnonzero(resident[0])), **rule, cap=cap)
-    forced = {0, 1, pages - 2}
-    assert found - forced == expected - forced
-    assert len(found & forced) == len(expected & forced)
+@by_implementation
+@pytest.mark.parametrize("cap", [None, 0, 1, 5], ids="cap{}".format)
+@pytest.mark.parametrize(
+    "rule, counts",
+    [
+        (SelectionRule(8, 3, 2, 2), [30, 8, 0, 9, 1]),
+        (SelectionRule(33, 32, 0, 1), [300, 34]),
+        (SelectionRule(64, 20, 1, 40), [65, 64, 257]),
+        (SelectionRule(1, 0, 0, 1), [7, 1]),
+        (SelectionRule(3, 0, 2, 1), [9]),
+    ],
+    ids=str,
+)
+def test_rows_of_any_length_between_guard_bands(select, rule, counts, cap, guards):
+    """Rows of no page, within the budget, one page beyond it, far beyond it; nothing else is
+    read or written."""
+    rule = rule._replace(recall_cap=cap)
+    inputs = held(guards, *batch(np.random.default_rng(len(counts)), counts, 0.4, rule))
+    assert_rule(select(*inputs, rule), *inputs, rule)
 
 
-@pytest.mark.parametrize("score", [0.0, -3.5, torch.inf], ids=str)
+@pytest.mark.parametrize("cap", [None, 9], ids="cap{}".format)
+@pytest.mark.parametrize("residency", [0.02, 0.5])
+def test_the_kernel_agrees_with_the_reference_on_rows_of_several_blocks(cap, residency, guards):
+    """4096 pages are read at a time; the last block is ragged."""
+    rule = SelectionRule(64, 32, 2, 3, cap)
+    inputs = held(guards, *batch(np.random.default_rng(0), [9001, 4097, 50], residency, rule))
+    found, expected = kernel.select_pages(*inputs, rule), reference.select_pages(*inputs, rule)
+    for row in range(3):
+        assert row_choice(found, row) == row_choice(expected, row)
+        last = min(int(inputs[2][row]), rule.budget) - 1
+        assert found[0][row, last] == expected[0][row, last]
+
+
+def test_the_kernel_orders_scores_of_every_sign_and_size(guards):
+    """Subnormal, huge and negative scores differ in the high bits of their keys or the low ones."""
+    exponents = torch.linspace(-44, 38, 150)
+    sizes = torch.cat((-(10.0**exponents), 10.0**exponents, torch.tensor([0.0])))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(sizes)))
+    rule = SelectionRule(40, 20, 0, 1)
+    scores = marked(sizes[order], torch.zeros(len(sizes), dtype=torch.bool)).view(1, -1)
+    scores = torch.cat((scores, torch.full((1, 1), torch.nan)), 1)
+    pages = torch.arange(1, scores.shape[1] + 1).view(1, -1)
+    chosen = kernel.select_pages(scores, pages, torch.tensor([scores.shape[1]]), rule)
+    best = scores[0, :-1].sort(descending=True).values[: rule.budget - 1]
+    assert torch.equal(chosen[1][0, :-1].sort(descending=True).values, best)
+
+
+@by_implementation
+@pytest.mark.parametrize("score", [0.0, -3.5, 1e-44], ids=str)
 @pytest.mark.parametrize("residents", [0, 3, 12])
-def test_equal_scores_still_choose_the_right_number_of_pages_once(score, residents):
+@pytest.mark.parametrize("cap", [None, 2], ids="cap{}".format)
+def test_equal_scores_still_choose_the_right_number_of_pages_once(
+    select, score, residents, cap, guards
+):
     """All-equal scores: any choice is right, but must pages are counted exactly and pages beyond
-    them are resident ones."""
-    pages, must, budget = 13, 3, 8
-    scores = torch.full((1, pages), score)
-    scores[0, -1] = -torch.inf
+    them are resident ones as far as there are any."""
+    pages, rule = 13, SelectionRule(8, 3, 0, 1, cap)
+    resident = torch.arange(pages) < residents
+    scores = marked(torch.full((1, pages), score), resident)
     lane_pages = torch.arange(101, 101 + pages).view(1, -1)
-    resident = torch.arange(pages).view(1, -1) < residents
-    chosen = select_pages(
-        scores, lane_pages, resident, torch.tensor([[must]]), open_places([pages], budget),
-        budget=budget,
-    )  # fmt: skip
-    listed = [int(page) - 101 for page in chosen.lane_pages[0, :-1] if page > 0]
-    missing = [page for page in listed if page >= residents]
-    assert len(listed) == len(set(listed)) and pages - 1 not in listed
-    assert len(missing) <= must
-    assert len(listed) == min(budget - 1, len(missing) + residents)
-    assert len(listed) >= must
-    assert int(chosen.lane_pages[0, -1]) == 100 + pages
+    chosen = select(scores, lane_pages, torch.tensor([pages]), rule)
+    listed = row_choice(chosen, 0)
+    missing = [page for page in listed if 100 + residents < page < 100 + pages]
+    assert 100 + pages in listed
+    if cap is None:
+        assert len(listed) == rule.budget
+        assert len(missing) <= max(rule.must, rule.budget - 1 - residents)
+    else:
+        assert len(missing) <= cap
+        assert len(listed) >= min(rule.budget - 1, residents) + 1
 
 
+def test_the_kernel_gives_ties_to_the_earlier_page(guards):
+    """Among all-equal scores, resident pages of course before others."""
+    pages, rule = 300, SelectionRule(9, 3, 1, 1)
+    resident = torch.arange(pages) >= 200
+    scores = marked(torch.full((1, pages), 2.5), torch.zeros(pages, dtype=torch.bool))
+    lane_pages = torch.arange(1, pages + 1).view(1, -1)
+    counts = torch.tensor([pages])
+    chosen, _ = kernel.select_pages(scores, lane_pages, counts, rule)
+    assert chosen[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 300]
+    # The mark is the lowest bit of the score too, so that resident pages are the better ones.
+    chosen, _ = kernel.select_pages(marked(scores, resident), lane_pages, counts, rule)
+    assert chosen[0].tolist() == [1, 201, 202, 203, 204, 205, 206, 207, 300]
+
+
+@by_implementation
 @pytest.mark.parametrize("cap", [0, 1, 2, 5])
-def test_the_recall_cap_keeps_the_best_missing_pages(cap):
+def test_the_recall_cap_keeps_the_best_missing_pages(select, cap, guards):
     """Nothing resident: the list is the first ``cap`` must pages and the open one."""
-    scores = torch.tensor([[5.0, 1.0, 4.0, 3.0, 2.0, -torch.inf]])
+    scores = torch.tensor([[5.0, 1.0, 4.0, 3.0, 2.0, torch.nan]])
     lane_pages = torch.tensor([[11, 12, 13, 14, 15, 16]])
-    chosen = select_pages(
-        scores, lane_pages, torch.zeros(1, 6, dtype=torch.bool), torch.tensor([[3]]),
-        torch.tensor([[5, 4]]), budget=5, recall_cap=cap,
-    )  # fmt: skip
-    best = [11, 13, 14][:cap]
-    assert chosen.lane_pages[0].tolist() == [*best, *[0] * (4 - len(best)), 16]
+    chosen = select(scores, lane_pages, torch.tensor([6]), SelectionRule(5, 3, 0, 1, cap))
+    assert set(row_choice(chosen, 0)) == {*[11, 13, 14][:cap], 16}
+    assert chosen[0][0, 4] == 16
 
 
-def test_a_row_within_its_budget_chooses_all_its_pages():
-    """Beside a long row in the same batch, whatever is resident."""
-    scores, lane_pages, resident = batch(np.random.default_rng(0), [12, 4, 1], 12, 0.4)
-    scores[1, :3] = torch.inf
-    chosen = select_pages(
-        scores, lane_pages, resident, torch.tensor([[2], [3], [0]]),
-        open_places([12, 4, 1], BUDGET), budget=BUDGET,
-    )  # fmt: skip
-    assert set(chosen.lane_pages[1].tolist()) == {*lane_pages[1, :4].tolist(), 0}
-    assert chosen.lane_pages[1, 3] == lane_pages[1, 3] and (chosen.lane_pages[1, 4:] == 0).all()
-    assert chosen.lane_pages[2].tolist() == [lane_pages[2, 0].item(), *[0] * (BUDGET - 1)]
+def test_kernel_and_reference_are_called_alike():
+    """The API hands the same positional arguments to whichever serves the device."""
+    assert inspect.signature(kernel.select_pages) == inspect.signature(reference.select_pages)
 
 
-def test_a_budget_of_one_page_is_the_open_page():
-    """The smallest budget leaves nothing to rank."""
-    chosen = select_pages(
-        torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[7, 8, 9]]),
-        torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0]]), torch.tensor([[2, 0]]), budget=1,
-    )  # fmt: skip
-    assert chosen.lane_pages.tolist() == [[9]]
+# -- bad input -------------------------------------------------------------------------------
+
+RULE = SelectionRule(6, 2, 2, 2)
 
 
-def test_no_rows_choose_nothing():
-    """An empty batch keeps its shape."""
-    empty = torch.zeros(0, 3)
-    chosen = select_pages(
-        empty, empty.int(), empty.bool(), torch.zeros(0, 1).long(), torch.zeros(0, 2).long(),
-        budget=4,
-    )  # fmt: skip
-    assert chosen.lane_pages.shape == chosen.scores.shape == (0, 4)
-
-
-def test_wrong_arguments_are_refused_by_name():
-    """Every check names its argument."""
-    good = {
-        "scores": torch.zeros(2, 3), "lane_pages": torch.ones(2, 3, dtype=torch.int32),
-        "resident": torch.ones(2, 3, dtype=torch.bool), "must_counts": torch.ones(2, 1).long(),
-        "open_index": torch.ones(2, 2).long(), "budget": 3,
+def good() -> dict:
+    return {
+        "scores": torch.zeros(2, 9), "lane_pages": torch.ones(2, 9, dtype=torch.int32),
+        "page_counts": torch.tensor([9, 0], dtype=torch.int32), "rule": RULE,
     }  # fmt: skip
-    for name, wrong in (
-        ("lane_pages", torch.ones(2, 4)),
-        ("resident", torch.ones(1, 3)),
-        ("must_counts", torch.ones(2)),
-        ("open_index", torch.ones(2, 1)),
-        ("budget", 0),
-    ):
-        with pytest.raises(ValueError, match=f"^{name} must"):
-            select_pages(**{**good, name: wrong})
+
+
+def test_the_api_returns_pages_and_scores():
+    chosen = select_pages(**good())
+    assert chosen.lane_pages.shape == chosen.scores.shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("rule", RULE._replace(must=3), "^rule must have 0 <= must <= budget - sinks - window"),
+        ("rule", RULE._replace(budget=0), "^rule must have 0 <= must <= budget"),
+        ("scores", torch.zeros(9), r"^scores must have shape \(any, any\)"),
+        ("scores", torch.zeros(0, 9), r"^scores must have at least one row, got shape \(0, 9\)"),
+        ("scores", torch.zeros(2, 9).half(), "^scores must be torch.float32"),
+        ("scores", torch.zeros(4, 9)[::2], "^scores must be contiguous"),
+        ("lane_pages", torch.ones(2, 8).int(), r"^lane_pages must have shape \(2, 9\)"),
+        ("lane_pages", torch.ones(2, 9), "^lane_pages must be .*int32"),
+        ("lane_pages", torch.ones(9, 2).int().T, "^lane_pages must be contiguous in its last"),
+        ("page_counts", torch.ones(3).int(), r"^page_counts must have shape \(2\)"),
+        ("page_counts", torch.ones(2), "^page_counts must be .*int32"),
+        ("page_counts", torch.ones(4).int()[::2], "^page_counts must be contiguous"),
+        *(
+            (name, good()[name].to("meta"), f"^{name} must be on cpu, got meta")
+            for name in ("lane_pages", "page_counts")
+        ),
+    ],
+)
+def test_bad_input_is_refused_by_name(name, wrong, message):
+    """A wrong argument is named, with what would be right."""
+    with pytest.raises(ValueError, match=message):
+        select_pages(**{**good(), name: wrong})
+
+
+def test_rows_too_long_for_the_keys_of_the_kernel_are_refused():
+    wide = torch.zeros(1, kernel.MOST_PAGES + 1)
+    with pytest.raises(ValueError, match="^scores must have at most 1048576 pages in a row"):
+        kernel.select_pages(wide, wide.int(), torch.tensor([3]), RULE)
+
+
+def test_counts_out_of_range_are_refused_in_debug_mode_alone(monkeypatch):
+    """Looking at them would stall the device."""
+    arguments = good()
+    arguments["page_counts"][0] = -1
+    select_pages(**arguments)
+    monkeypatch.setenv("ARKVALE_DEBUG", "1")
+    with pytest.raises(ValueError, match="^page_counts must hold ids from 0 to 9, got -1 to 0"):
+        select_pages(**arguments)
+    arguments["page_counts"][0] = 10
+    with pytest.raises(ValueError, match="^page_counts must hold ids from 0 to 9, got 0 to 10"):
+        select_pages(**arguments)

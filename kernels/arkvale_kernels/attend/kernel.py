@@ -279,7 +279,7 @@ def _sequence_tiles(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of prefill.  Small dtypes: a warp group per 64 rows, as its matrix instruction takes,
     an accumulator of at most 128 registers.  Float32, without such instructions: small."""
     if dtype.itemsize == 4:
-        return {"ROWS": 32, "TOKENS": 32, "num_stages": 2, "num_warps": 4}
+        return {"ROWS": 16, "TOKENS": 16, "num_stages": 2, "num_warps": 4}
     if head_dim <= 64:
         return {"ROWS": 128, "TOKENS": 128, "num_stages": 3, "num_warps": 8}
     if head_dim <= 128:

@@ -29,6 +29,7 @@ def build_digests(keys: torch.Tensor, kind: str, dtype: torch.dtype | None = Non
     dtype = keys.dtype if dtype is None else dtype
     check_kind(kind)
     checks.check_shape("keys", keys, (None, None, None, None))
+    checks.check_dtype("keys", keys, *checks.FLOATS)
     checks.check_dense(keys=keys)
     if keys.shape[1] == 0:
         raise ValueError(f"keys must hold at least one token a page, got shape {tuple(keys.shape)}")

@@ -69,7 +69,9 @@ def _check(
     checks.check_shape("query", query, (None, None, None))
     rows, query_heads, head_dim = query.shape
     checks.check_rows("query", query)
+    checks.check_dtype("query", query, *checks.FLOATS)
     checks.check_shape("digests", digests, (None, 2, None, head_dim))
+    checks.check_dtype("digests", digests, query.dtype, torch.float8_e4m3fn)
     checks.check_shape("frame_of", frame_of, (digests.shape[0],))
     checks.check_shape("lane_pages", lane_pages, (rows, None))
     checks.check_shape("page_counts", page_counts, (rows,))
@@ -80,6 +82,7 @@ def _check(
         query, digests=digests, frame_of=frame_of, lane_pages=lane_pages, page_counts=page_counts
     )
     checks.check_ids("page_counts", page_counts, lane_pages.shape[1] + 1)
+    checks.check_ids("lane_pages", lane_pages, digests.shape[0], counts=page_counts)
     if query_heads % digests.shape[2]:
         raise ValueError(
             f"query has {query_heads} heads, which do not divide over {digests.shape[2]} KV heads"

@@ -107,9 +107,7 @@ def _select_pages(scores, lane_pages, page_counts, chosen, importance, row_strid
         nothing = tl.zeros([], tl.int64)
         leading = everything
         if must > 0:
-            leading = _threshold(
-                scores, start, stop, must, nothing, everything, False, "all", BLOCK
-            )
+            leading = _threshold(scores, start, stop, must, nothing, leading, False, "all", BLOCK)
         # Absent must pages below this key are given up.
         recalled = leading
         if cap >= 0:
