@@ -93,7 +93,8 @@ def plan_decode(
         cache.claim(fresh, torch.ones_like(fresh, dtype=torch.bool), evicting=len(opening))
     full = sum(length % size == 0 for length in host_lengths if length)
     if full:
-        cache.store.sealed.index_copy_(0, open_pages.long(), offsets == size - 1)
+        is_full = (offsets == size - 1) & (open_pages > 0)
+        cache.store.sealed.index_copy_(0, open_pages.long(), is_full)
         cache.counters.sealed += full
     groups = cache.plan.geometry.groups
     return DecodeStep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -13,12 +14,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BY = {
     "make demo": "test_the_demo_evicts_recalls_and_agrees_with_stock",
     "make serve": "test_serve_prints_a_curl_line_that_works",
     "make bench-smoke": "test_the_smoke_benchmark_writes_its_result",
+    "python benchmarks/gpu_check.py": "test_the_gpu_check_is_right_in_the_interpreter",
+    "python benchmarks/gpu_e2e.py": "the CPU run in tests/e2e/test_gpu_scripts.py",
+    "python benchmarks/offline_wheels.py": "tests/e2e/test_gpu_scripts.py, on small wheels",
     "pip install .": "the set-up of every run installs the package by its own metadata",
     "python -m sglang.launch_server": "every test of tests/e2e",
     "arkvale report": "test_serve_prints_a_curl_line_that_works",
@@ -53,6 +58,23 @@ def test_the_demo_evicts_recalls_and_agrees_with_stock():
     assert done.returncode == 0, done.stdout[-3000:]
     for word in ("--kv-policy arkvale", "pages recalled", "hit rate", "answers are the same"):
         assert word in done.stdout
+
+
+def test_the_gpu_check_is_right_in_the_interpreter(tmp_path):
+    out = tmp_path / "check.json"
+    script = [sys.executable, "benchmarks/gpu_check.py", "--out", str(out)]
+    done = run(*script, "--device", "cpu", seconds=280)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "broken: nothing" in done.stdout
+    result = json.loads(out.read_text())
+    assert {row["op"] for row in result["rows"]} >= {"score", "select", "resolve", "move", "attend"}
+    assert result["machine"]["commit"] and result["not_run"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run the check")
+def test_the_gpu_check_says_what_it_needs():
+    done = run(sys.executable, "benchmarks/gpu_check.py", seconds=60)
+    assert done.returncode == 2 and "no CUDA GPU here" in done.stdout
 
 
 def test_serve_prints_a_curl_line_that_works():

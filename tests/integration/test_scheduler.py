@@ -61,7 +61,7 @@ def request(prompt: int, *, generated: int = 0, limit: int = 0) -> SimpleNamespa
 
 
 def test_the_hook_point_is_what_we_think_it_is():
-    assert compat.problem(scheduler.ADD_REQUEST) is None
+    assert compat.problem(compat.ADD_REQUEST) is None
 
 
 def test_a_burst_of_short_chats_is_bounded_by_what_it_asks_for():

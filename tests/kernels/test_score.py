@@ -262,10 +262,10 @@ def test_ids_out_of_range_are_refused_in_debug_mode_alone(monkeypatch):
     monkeypatch.setenv("ARKVALE_DEBUG", "1")
     score_pages(**arguments)
     arguments["page_counts"][1] = 10
-    with pytest.raises(ValueError, match="^page_counts must hold ids from 0 to 9, got 9 to 10"):
+    with pytest.raises(ValueError, match=r"^page_counts must hold ids from 0 to 9, got 9 to 10"):
         score_pages(**arguments)
     arguments["page_counts"][1], arguments["lane_pages"][0, 3] = 0, 5
-    with pytest.raises(ValueError, match="^lane_pages must hold ids from 0 to 4, got 0 to 5"):
+    with pytest.raises(ValueError, match=r"^lane_pages must hold ids from 0 to 4, got 0 to 5"):
         score_pages(**arguments)
     monkeypatch.setenv("ARKVALE_DEBUG", "0")
     arguments["lane_pages"][0, 3], arguments["page_counts"][0] = 4, -1

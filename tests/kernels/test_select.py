@@ -267,7 +267,7 @@ def test_bad_input_is_refused_by_name(name, wrong, message):
 
 def test_rows_too_long_for_the_keys_of_the_kernel_are_refused():
     wide = torch.zeros(1, kernel.MOST_PAGES + 1)
-    with pytest.raises(ValueError, match="^scores must have at most 1048576 pages in a row"):
+    with pytest.raises(ValueError, match=r"^scores must have at most 1048576 pages in a row"):
         kernel.select_pages(wide, wide.int(), torch.tensor([3]), RULE)
 
 
@@ -277,8 +277,8 @@ def test_counts_out_of_range_are_refused_in_debug_mode_alone(monkeypatch):
     arguments["page_counts"][0] = -1
     select_pages(**arguments)
     monkeypatch.setenv("ARKVALE_DEBUG", "1")
-    with pytest.raises(ValueError, match="^page_counts must hold ids from 0 to 9, got -1 to 0"):
+    with pytest.raises(ValueError, match=r"^page_counts must hold ids from 0 to 9, got -1 to 0"):
         select_pages(**arguments)
     arguments["page_counts"][0] = 10
-    with pytest.raises(ValueError, match="^page_counts must hold ids from 0 to 9, got 0 to 10"):
+    with pytest.raises(ValueError, match=r"^page_counts must hold ids from 0 to 9, got 0 to 10"):
         select_pages(**arguments)

@@ -62,13 +62,18 @@ def resolve_pages(
     checks.check_dense(lane_pages=lane_pages, counts=counts)
     checks.check_integers(lane_pages=lane_pages)
     checks.check_shape("counts", counts, (len(COUNTED),))
-    checks.check_device(lane_pages, frame_of=residency.frame_of, counts=counts, clock=clock)
+    checks.check_shape("clock", clock, ())
+    checks.check_dtype("counts", counts, torch.int64)
+    checks.check_dtype("clock", clock, torch.int64)
+    checks.check_dense(**residency._asdict())
+    checks.check_device(lane_pages, **residency._asdict(), counts=counts, clock=clock)
     checks.check_ids("lane_pages", lane_pages, residency.frame_of.shape[0])
-    if lane_pages.shape[0] % groups or residency.frame_of.shape[0] % groups:
-        raise ValueError(f"groups must divide rows {lane_pages.shape[0]} and tables, got {groups}")
+    _check_groups(residency, groups, lane_pages.shape[0])
     if scores is not None:
         checks.check_shape("scores", scores, tuple(lane_pages.shape))
+        checks.check_dtype("scores", scores, torch.float32)
         checks.check_dense(scores=scores)
+        checks.check_device(lane_pages, scores=scores)
     _check_lists(lists, lane_pages)
     arguments: Any = (residency, lane_pages, scores, clock, counts, groups, lists)
     if lane_pages.is_cuda:
@@ -102,8 +107,12 @@ def find_frames(
     checks.check_shape("lane_pages", lane_pages, (None, None))
     checks.check_rows("lane_pages", lane_pages)
     checks.check_shape("page_counts", page_counts, (lane_pages.shape[0],))
-    checks.check_integers(lane_pages=lane_pages, page_counts=page_counts, frame_of=frame_of)
+    checks.check_integers(lane_pages=lane_pages, page_counts=page_counts)
+    checks.check_dtype("frame_of", frame_of, torch.int32)
+    checks.check_dense(frame_of=frame_of, page_counts=page_counts)
     checks.check_device(lane_pages, frame_of=frame_of, page_counts=page_counts)
+    checks.check_ids("page_counts", page_counts, lane_pages.shape[1] + 1)
+    checks.check_ids("lane_pages", lane_pages, frame_of.shape[0], counts=page_counts)
     _check_lists(lists, lane_pages)
     if lane_pages.is_cuda:
         from arkvale_kernels.residency import kernel
@@ -139,6 +148,11 @@ def claim_frames(
     _check_tables(residency, 2)
     checks.check_shape("pages", pages, (None,))
     checks.check_shape("heat", heat, tuple(pages.shape))
+    checks.check_dtype("heat", heat, torch.int64)
+    checks.check_device(residency.heat, heat=heat)
+    _check_pages(residency, pages, groups)
+    if evicting < 0:
+        raise ValueError(f"evicting must not be negative, got {evicting}")
     return reference.claim_frames(residency, pages, heat, groups, evicting)
 
 
@@ -146,6 +160,7 @@ def release_pages(residency: Residency, pages: torch.Tensor, *, groups: int) -> 
     """Drop dead logical pages ``[pages]`` int64 from the tables of all layers; frames go free."""
     _check_tables(residency, 2)
     checks.check_shape("pages", pages, (None,))
+    _check_pages(residency, pages, groups)
     reference.release_pages(residency, pages, groups)
 
 
@@ -158,12 +173,32 @@ def _check_tables(residency: Residency, dimensions: int) -> None:
         ("page_in", residency.page_in, torch.int32),
         ("heat", residency.heat, torch.int64),
     ):
-        if table.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype}, got {table.dtype}")
+        checks.check_dtype(name, table, dtype)
+        checks.check_device(residency.heat, **{name: table})
+
+
+def _check_groups(residency: Residency, groups: int, rows: int = 0) -> None:
+    pages, frames = residency.frame_of.shape[-1], residency.heat.shape[-1] - 1
+    if groups < 1 or rows % groups or pages % groups or frames % groups:
+        raise ValueError(
+            f"groups must divide {rows} rows, {pages} lane pages and {frames} lane frames, "
+            f"got {groups}"
+        )
+
+
+def _check_pages(residency: Residency, pages: torch.Tensor, groups: int) -> None:
+    """Logical pages of tables of all layers."""
+    _check_groups(residency, groups)
+    checks.check_integers(pages=pages)
+    checks.check_device(residency.heat, pages=pages)
+    checks.check_ids("pages", pages, residency.frame_of.shape[1] // groups)
 
 
 def _check_lists(lists: FrameLists | None, lane_pages: torch.Tensor) -> None:
     if lists is not None:
         checks.check_shape("lists.starts", lists.starts, (lane_pages.shape[0] + 1,))
         checks.check_shape("lists.indices", lists.indices, (None,))
-        checks.check_device(lane_pages, indices=lists.indices, starts=lists.starts)
+        for name, part in (("lists.indices", lists.indices), ("lists.starts", lists.starts)):
+            checks.check_dtype(name, part, torch.int32)
+            checks.check_dense(**{name: part})
+            checks.check_device(lane_pages, **{name: part})

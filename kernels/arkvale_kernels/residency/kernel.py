@@ -208,7 +208,8 @@ def _find_frames(frame_of, lane_pages, page_counts, lane_frames, indices, starts
     frame = tl.load(frame_of + page, mask=column < count, other=-1)
     tl.store(lane_frames + row.to(tl.int64) * width + column, frame, mask=inside)
     if HAS_LISTS:
-        _list_frames(indices, starts, row, column, frame, inside, scratch)
+        rows = row + tl.zeros([BLOCK], tl.int32)
+        _list_frames(indices, starts, rows, column, frame, inside, scratch)
 
 
 def resolve_pages(
