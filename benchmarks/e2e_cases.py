@@ -153,17 +153,19 @@ class Meter:
         for prompt in prompts:
             self.generate([prompt], 1)
         self.generate(prompts, few)
-        raw, cached = [], case.tokens
+        raw: dict[int, list[float]] = {few: [], many: []}
+        cached = case.tokens
         for _ in range(self.scale.rounds):
-            took = []
             for new in (few, many):
                 seconds, answers = self.generate(prompts, new)
-                took.append(seconds)
+                raw[new].append(seconds)
                 cached = min(cached, *(answer["meta_info"]["cached_tokens"] for answer in answers))
-            raw.append((took[1] - took[0]) / (many - few) * 1e3)
         if cached < case.tokens - SLACK_TOKENS:
             raise Refused(f"void: only {cached} of {case.tokens} prompt tokens stayed cached.")
-        return {"value": statistics.median(raw), "unit": "ms/token", "raw": raw}
+        value = (statistics.median(raw[many]) - statistics.median(raw[few])) / (many - few) * 1e3
+        if value <= 0:
+            raise Refused(f"void: the machine was too busy, {few} tokens took as long as {many}.")
+        return {"value": value, "unit": "ms/token", "raw_seconds": raw}
 
     def first_token(self, case: Case) -> Outcome:
         """Seconds to the first token of prompts never seen before."""
@@ -176,7 +178,7 @@ class Meter:
             if answers[0]["meta_info"]["cached_tokens"] > SLACK_TOKENS:
                 raise Refused("void: the prompt was cached.")
             raw.append(seconds)
-        return {"value": statistics.median(raw), "unit": "s", "raw": raw}
+        return {"value": statistics.median(raw), "unit": "s", "raw_seconds": raw}
 
     def throughput(self, case: Case) -> Outcome:
         """Tokens per second while the most requests that fit decode together."""

@@ -142,7 +142,7 @@ def _plan_wave(
     ]
     return Wave(
         lane_rows=slice(rows.start * groups, rows.stop * groups),
-        lane_pages=cache.lane_pages(pages[rows, :width]),
+        lane_pages=cache.lane_pages(pages[rows, :width].contiguous()),
         page_counts=counts,
         lengths=attended,
         common_length=None if full else _common(own),

@@ -208,7 +208,8 @@ def test_the_gpu_benchmark_runs_at_tiny_scale(tmp_path):
     sections = [row["section"] for row in result["rows"]]
     assert sections == ["tpot", "tpot", "throughput", "throughput", "under-budget", "prefill"]
     for row in result["rows"]:
-        assert row["ratio"] and row["ratio"] > 0, row
+        void = [row[side].get("refused", "") for side in ("stock", "arkvale")]
+        assert (row["ratio"] or 0) > 0 or any("too busy" in reason for reason in void), row
         assert row["case"] in done.stdout
     sizes = result["equal_memory"]
     assert 0.9 * sizes["stock_bytes"] < sizes["arkvale_bytes"] <= sizes["stock_bytes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import inspect
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_kernel_and_reference_leave_the_same_tables_up_to_equal_heats(
         result = resolve(op, own, wanted, scores, groups=groups, lists=lists)
         assert_paired(own, groups)
         assert (lists.indices[total:] == untouched).all()
-        for row, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for row, (start, stop) in enumerate(itertools.pairwise(starts)):
             frames_of_row = result[0][row, : stop - start]
             expected = torch.where(frames_of_row < 0, scratch, frames_of_row)
             assert torch.equal(lists.indices[start:stop], expected)

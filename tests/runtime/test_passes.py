@@ -122,12 +122,13 @@ def test_recall_cap_bounds_recalls_and_is_chosen_as_the_oracle_says(cap):
     fake.check()
 
 
-def test_rows_that_overflow_the_frames_take_turns_and_stay_exact():
-    """Three rows of 9 pages, frames for 14: every step evicts one row for the other."""
+@pytest.mark.parametrize("prompts", [[135] * 3, [60, 70, 145]], ids=["same", "ragged"])
+def test_rows_that_overflow_the_frames_take_turns_and_stay_exact(prompts):
+    """Up to 10 pages each, frames for 14: every step evicts one row for the other."""
     fake = engine(pages=60, frames=14, budget=16 * 10, oversubscription=4.0)
-    rows = [fake.add_row() for _ in range(3)]
-    for row in rows:
-        assert fake.extend({row: 135}) < TOLERANCE
+    rows = [fake.add_row() for _ in prompts]
+    for row, tokens in zip(rows, prompts, strict=True):
+        assert fake.extend({row: tokens}) < TOLERANCE
     recalled = 0
     for _ in range(12):
         assert fake.decode(rows) < TOLERANCE

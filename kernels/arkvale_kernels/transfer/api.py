@@ -33,7 +33,7 @@ def write_tokens(
         ValueError: shapes, dtypes, strides or devices that do not fit together.
     """
     _check_frames(k_frames, v_frames)
-    _check_tokens(k_frames, lane_frames, offsets, k, v)
+    _check_tokens(k_frames, "", lane_frames=lane_frames, offsets=offsets, k=k, v=v)
     checks.check_ids("lane_frames", lane_frames, k_frames.shape[0], least=-1)
     if k.is_cuda:
         from arkvale_kernels.transfer import kernel
@@ -65,17 +65,15 @@ def move_pages(
         ValueError: shapes, dtypes, strides or devices that do not fit together.
     """
     _check_layer(layer)
+    _check_clock(layer, clock)
     check_kind(digest)
     if new is not None:
+        checks.check_shape("new.lane_pages", new.lane_pages, (None,))
         checks.check_rows("new.lane_pages", new.lane_pages.unsqueeze(1))
-        _check_tokens(layer.k_frames, *new)
+        _check_tokens(layer.k_frames, "new.", **new._asdict())
         checks.check_ids("new.lane_pages", new.lane_pages, layer.host.shape[0])
     if recalls is not None:
-        checks.check_shape("recalls.lane_pages", recalls.lane_pages, (None,))
-        checks.check_shape(
-            "recalls.lane_frames", recalls.lane_frames, tuple(recalls.lane_pages.shape)
-        )
-        checks.check_device(layer.k_frames, lane_pages=recalls.lane_pages)
+        _check_recalls(layer, recalls)
     if layer.k_frames.is_cuda:
         from arkvale_kernels.transfer import kernel
 
@@ -103,13 +101,21 @@ def seal_pages(
     """
     _check_layer(layer)
     check_kind(digest)
-    checks.check_shape("k", k, (None, None, layer.k_frames.shape[3]))
+    page_size, heads, head_dim = layer.k_frames.shape[1:]
+    checks.check_shape("k", k, (None, None, head_dim))
     checks.check_shape("v", v, tuple(k.shape))
-    checks.check_dense(k=k, v=v, lane_pages=lane_pages, first_tokens=first_tokens)
-    groups = k.shape[1] // layer.k_frames.shape[2]
+    if k.shape[1] == 0 or k.shape[1] % heads:
+        raise ValueError(f"k must hold a multiple of {heads} heads, got shape {tuple(k.shape)}")
+    checks.check_shape("first_tokens", first_tokens, (None,))
+    groups = k.shape[1] // heads
     checks.check_shape("lane_pages", lane_pages, (first_tokens.shape[0] * groups,))
+    checks.check_integers(lane_pages=lane_pages, first_tokens=first_tokens)
+    checks.check_dense(k=k, v=v, lane_pages=lane_pages, first_tokens=first_tokens)
     checks.check_same_dtype("k", k, "k_frames", layer.k_frames)
+    checks.check_same_dtype("v", v, "k_frames", layer.k_frames)
+    checks.check_device(layer.k_frames, k=k, v=v, lane_pages=lane_pages, first_tokens=first_tokens)
     checks.check_ids("lane_pages", lane_pages, layer.host.shape[0], least=1)
+    checks.check_ids("first_tokens", first_tokens, k.shape[0] - page_size + 1)
     if k.is_cuda:
         from arkvale_kernels.transfer import kernel
 
@@ -123,8 +129,9 @@ def seal_frames(
     """Digest and back up open pages ``[pages]`` int that just became full in their frames, which
     may leave from now on."""
     _check_layer(layer)
+    _check_clock(layer, clock)
     check_kind(digest)
-    checks.check_shape("lane_pages", lane_pages, (None,))
+    _check_listed(layer, lane_pages)
     checks.check_ids("lane_pages", lane_pages, layer.host.shape[0], least=1)
     if layer.k_frames.is_cuda:
         from arkvale_kernels.transfer import kernel
@@ -151,9 +158,10 @@ def gather_pages(
         K and V, each ``[pages * page_size, KV heads, head_dim]`` on the device.
     """
     _check_layer(layer)
-    checks.check_shape("lane_pages", lane_pages, (None,))
-    checks.check_integers(lane_pages=lane_pages)
+    _check_listed(layer, lane_pages)
     checks.check_ids("lane_pages", lane_pages, layer.host.shape[0])
+    if groups < 1 or lane_pages.shape[0] % groups:
+        raise ValueError(f"groups must divide {lane_pages.shape[0]} lane pages, got {groups}")
     page_size, heads, head_dim = layer.k_frames.shape[1:]
     tokens = lane_pages.shape[0] // groups * page_size
     shape = (tokens, heads * groups, head_dim)
@@ -162,6 +170,8 @@ def gather_pages(
     for name, part in zip(("out[0]", "out[1]"), out, strict=True):
         checks.check_shape(name, part[:tokens], shape)
         checks.check_dense(**{name: part})
+        checks.check_same_dtype(name, part, "k_frames", layer.k_frames)
+        checks.check_device(layer.k_frames, **{name: part})
     staged = out[0][:tokens], out[1][:tokens]
     if staged[0].is_cuda:
         from arkvale_kernels.transfer import kernel
@@ -175,32 +185,76 @@ def gather_pages(
 def _check_frames(k_frames: torch.Tensor, v_frames: torch.Tensor) -> None:
     checks.check_shape("k_frames", k_frames, (None, None, None, None))
     checks.check_shape("v_frames", v_frames, tuple(k_frames.shape))
+    checks.check_dtype("k_frames", k_frames, *checks.FLOATS)
     checks.check_same_dtype("v_frames", v_frames, "k_frames", k_frames)
     checks.check_dense(k_frames=k_frames, v_frames=v_frames)
+    checks.check_device(k_frames, v_frames=v_frames)
 
 
 def _check_layer(layer: PagedLayer) -> None:
     _check_frames(layer.k_frames, layer.v_frames)
-    frame = tuple(layer.k_frames.shape[1:])
+    frame, pages = tuple(layer.k_frames.shape[1:]), layer.host.shape[0]
+    frame_of, heat = layer.residency.frame_of, layer.residency.heat
     checks.check_shape("host", layer.host, (None, 2, *frame))
-    checks.check_shape("digests", layer.digests, (layer.host.shape[0], 2, *frame[1:]))
-    checks.check_dense(host=layer.host, digests=layer.digests)
+    checks.check_shape("digests", layer.digests, (pages, 2, *frame[1:]))
+    checks.check_shape("frame_of", frame_of, (pages,))
+    checks.check_shape("heat", heat, (layer.k_frames.shape[0],))
+    checks.check_dense(host=layer.host, digests=layer.digests, frame_of=frame_of, heat=heat)
     checks.check_same_dtype("host", layer.host, "k_frames", layer.k_frames)
+    checks.check_dtype("digests", layer.digests, layer.k_frames.dtype, torch.float8_e4m3fn)
+    checks.check_device(layer.k_frames, digests=layer.digests, frame_of=frame_of, heat=heat)
 
 
-def _check_tokens(
-    k_frames: torch.Tensor,
-    places: torch.Tensor,
-    offsets: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-) -> None:
-    checks.check_shape("k", k, (places.shape[0], *k_frames.shape[2:]))
-    checks.check_shape("v", v, tuple(k.shape))
-    checks.check_shape("offsets", offsets, (places.shape[0],))
-    checks.check_integers(places=places, offsets=offsets)
-    checks.check_dense(k=k, v=v, places=places, offsets=offsets)
-    checks.check_same_dtype("k", k, "k_frames", k_frames)
-    checks.check_same_dtype("v", v, "k_frames", k_frames)
-    checks.check_device(k_frames, k=k, v=v, places=places, offsets=offsets)
-    checks.check_ids("offsets", offsets, k_frames.shape[1])
+def _check_clock(layer: PagedLayer, clock: torch.Tensor) -> None:
+    checks.check_shape("clock", clock, ())
+    checks.check_dtype("clock", clock, torch.int64)
+    checks.check_device(layer.k_frames, clock=clock)
+
+
+def _check_listed(layer: PagedLayer, lane_pages: torch.Tensor) -> None:
+    checks.check_shape("lane_pages", lane_pages, (None,))
+    checks.check_integers(lane_pages=lane_pages)
+    checks.check_dense(lane_pages=lane_pages)
+    checks.check_device(layer.k_frames, lane_pages=lane_pages)
+
+
+def _check_recalls(layer: PagedLayer, recalls: Recalls) -> None:
+    pages, frames, counts = recalls
+    checks.check_shape("recalls.lane_pages", pages, (None,))
+    checks.check_shape("recalls.lane_frames", frames, tuple(pages.shape))
+    named = {"recalls.lane_pages": pages, "recalls.lane_frames": frames}
+    groups = 1
+    if counts is not None:
+        checks.check_shape("recalls.counts", counts, (None,))
+        groups = counts.shape[0]
+        if groups == 0 or pages.shape[0] % groups:
+            raise ValueError(
+                f"recalls.counts must have a length that divides {pages.shape[0]} recalls, "
+                f"got shape {tuple(counts.shape)}"
+            )
+        named["recalls.counts"] = counts
+    checks.check_integers(**named)
+    checks.check_dense(**named)
+    checks.check_device(layer.k_frames, **named)
+    for name, ids, limit in (
+        ("recalls.lane_pages", pages, layer.host.shape[0]),
+        ("recalls.lane_frames", frames, layer.k_frames.shape[0]),
+    ):
+        checks.check_ids(name, ids.view(groups, -1), limit, counts=counts)
+
+
+def _check_tokens(k_frames: torch.Tensor, prefix: str, **tensors: torch.Tensor) -> None:
+    """Frames or pages of tokens, their ``offsets``, ``k`` and ``v``, in this order."""
+    names = [prefix + name for name in tensors]
+    places, offsets, k, v = tensors.values()
+    checks.check_shape(names[0], places, (None,))
+    checks.check_shape(names[1], offsets, (places.shape[0],))
+    checks.check_shape(names[2], k, (places.shape[0], *k_frames.shape[2:]))
+    checks.check_shape(names[3], v, tuple(k.shape))
+    named = dict(zip(names, tensors.values(), strict=True))
+    checks.check_integers(**{names[0]: places, names[1]: offsets})
+    checks.check_dense(**named)
+    checks.check_same_dtype(names[2], k, "k_frames", k_frames)
+    checks.check_same_dtype(names[3], v, "k_frames", k_frames)
+    checks.check_device(k_frames, **named)
+    checks.check_ids(names[1], offsets, k_frames.shape[1])
