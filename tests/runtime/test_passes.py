@@ -199,3 +199,26 @@ def test_low_precision_error_stays_within_a_few_roundings(dtype):
     assert fake.extend({row: 200}) < limit
     for _ in range(20):
         assert fake.decode([row]) < limit
+
+
+def test_prefix_blocks_are_read_in_the_order_that_layers_take_them(monkeypatch):
+    """Three blocks a layer: each read once, and again if a layer asks out of turn."""
+    from arkvale_sglang.runtime import prefill, streams
+
+    monkeypatch.setattr(prefill, "STAGING_TOKENS", 64)
+    reads = []
+    gather = streams.gather_pages
+
+    def counting(layer, lane_pages, **options):
+        reads.append(lane_pages.tolist())
+        return gather(layer, lane_pages, **options)
+
+    monkeypatch.setattr(streams, "gather_pages", counting)
+    fake = engine(pages=40, frames=6, budget=16 * 5)
+    row = fake.add_row()
+    fake.extend({row: 170})
+    assert fake.extend({row: 10}) < TOLERANCE
+    assert len(reads) == 3 * fake.geometry.managed_layers
+    layer, block = fake.cache.prefix._order[1]
+    again, _ = fake.cache.prefix.take(layer, block)
+    assert again.shape[0] == block.tokens and len(reads) == 3 * fake.geometry.managed_layers + 1
