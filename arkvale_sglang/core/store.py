@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from arkvale_kernels.layout import FREE, PINNED, PagedLayer, Residency
+from arkvale_sglang.config.settings import ArkValeError
 from arkvale_sglang.core.sizing import PoolPlan
 
 
@@ -140,6 +141,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        return _zeros(shape, dtype, device)
-    return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    """Pinned where the device is not the host.  Torch's own pinned allocations are rounded up to a
+    power of two, which for most of a machine's memory is more than it has."""
+    zeros = _zeros(shape, dtype, torch.device("cpu"))
+    if device.type == "cuda":
+        error = torch.cuda.cudart().cudaHostRegister(zeros.data_ptr(), zeros.nbytes, 0)
+        if int(error) != 0:
+            raise ArkValeError(
+                f"CUDA cannot pin {zeros.nbytes / (1 << 30):.1f} GiB of host memory (error "
+                f"{int(error)}); lower --arkvale-host-memory."
+            )
+    return zeros

@@ -70,6 +70,9 @@ class PagedCache:
             self.store.reset()
             self._forget = self.pressed = False
         if self._dead:
+            if self.store.device.type == "cuda":
+                for pages in self._dead:  # made on the scheduler's stream
+                    pages.record_stream(torch.cuda.current_stream())
             dead = torch.cat(self._dead).long()
             self._dead.clear()
             release_pages(self.store.residency, dead, groups=self.plan.geometry.groups)
@@ -143,8 +146,13 @@ class PagedCache:
         return table.masked_fill_(starts >= lengths.unsqueeze(1), 0)
 
     def report(self) -> dict[str, object]:
-        """Settings, sizes and counters as plain values (reads the device; call between passes)."""
-        self.settle()
+        """Settings, sizes and counters as plain values (reads the device).
+
+        A pass may be under way on a GPU, so queued releases are not applied there; what died
+        since the last pass still counts as used.
+        """
+        if self.store.device.type == "cpu":
+            self.settle()
         return {
             "policy": "arkvale",
             "settings": {

@@ -124,20 +124,21 @@ def _plan_wave(
     rows: slice,
     number: int,
 ) -> Wave:
-    groups, budget, size = cache.plan.geometry.groups, cache.config.budget, cache.config.page_size
+    groups, size = cache.plan.geometry.groups, cache.config.page_size
+    budget = cache.config.budget_pages
     own = host_lengths[rows]
     page_counts = [-(-length // size) for length in own]
     width = max(1, *page_counts)
-    over_budget = width > cache.config.budget_pages
+    over_budget = width > budget
     counts = counts[rows].repeat_interleave(groups)
     attended = lengths[rows].repeat_interleave(groups)
     if over_budget:
-        attended = attended - (counts - cache.config.budget_pages).clamp(min=0) * size
+        attended = attended - (counts - budget).clamp(min=0) * size
     elif not cache.pressed:
         cache.counters.resident_hits += sum(page_counts) * cache.plan.geometry.lanes
     full = over_budget or cache.pressed
     kept = [
-        length - max(0, pages * size - budget)
+        length - max(0, pages - budget) * size
         for length, pages in zip(own, page_counts, strict=True)
     ]
     return Wave(

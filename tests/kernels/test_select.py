@@ -124,10 +124,10 @@ def test_the_chosen_list_is_the_rule_applied_to_distinct_scores(
     "rule, counts",
     [
         (SelectionRule(8, 3, 2, 2), [30, 8, 0, 9, 1]),
-        (SelectionRule(33, 32, 0, 1), [300, 34]),
+        (SelectionRule(33, 32, 0, 1), [300, 34, 12]),
         (SelectionRule(64, 20, 1, 40), [65, 64, 257]),
         (SelectionRule(1, 0, 0, 1), [7, 1]),
-        (SelectionRule(3, 0, 2, 1), [9]),
+        (SelectionRule(3, 0, 2, 1), [9, 2]),
     ],
     ids=str,
 )

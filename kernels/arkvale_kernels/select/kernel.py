@@ -180,6 +180,6 @@ def select_pages(
         cap=-1 if rule.recall_cap is None else rule.recall_cap,
         WIDTH=triton.next_power_of_2(rule.budget),
         BLOCK=block,
-        num_warps=8 if block >= 2048 else 4,
+        num_warps=8 if block >= 1024 else 4,
     )
     return chosen, importance

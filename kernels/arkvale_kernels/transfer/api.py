@@ -201,6 +201,8 @@ def _check_layer(layer: PagedLayer) -> None:
     checks.check_shape("heat", heat, (layer.k_frames.shape[0],))
     checks.check_dense(host=layer.host, digests=layer.digests, frame_of=frame_of, heat=heat)
     checks.check_same_dtype("host", layer.host, "k_frames", layer.k_frames)
+    if layer.k_frames.is_cuda and layer.host.data_ptr() % 16:
+        raise ValueError("host must start at a multiple of 16 bytes, which its kernels rely on")
     checks.check_dtype("digests", layer.digests, layer.k_frames.dtype, torch.float8_e4m3fn)
     checks.check_device(layer.k_frames, digests=layer.digests, frame_of=frame_of, heat=heat)
 
