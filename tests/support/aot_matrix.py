@@ -8,6 +8,7 @@ Runs apart from the tests, since these hold the kernels in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -109,18 +110,19 @@ def launches(config: Config) -> Iterator[Callable[[], object]]:
     yield lambda: attend.merge_parts(part, part)
     if config is not CONFIGS[0]:
         return
-    scores = torch.zeros(ROWS, WIDTH)
-    for cap in (None, 4):
-        yield lambda cap=cap: select.select_pages(
-            scores, pages, counts, rule._replace(recall_cap=cap)
+    for width, cap in ((WIDTH, None), (WIDTH, 4), (1024, 4), (256, None)):
+        yield lambda width=width, cap=cap: select.select_pages(
+            torch.zeros(ROWS, width), integers(ROWS, width), counts, rule._replace(recall_cap=cap)
         )
     lists = FrameLists(integers(ROWS * BUDGET), integers(ROWS + 1))
-    chosen, totals = integers(ROWS, BUDGET), torch.zeros(5, dtype=torch.int64)
+    totals = torch.zeros(5, dtype=torch.int64)
     many = Residency(integers(520), integers(513), torch.zeros(513, dtype=torch.int64))
-    for groups, listed in ((1, lists), (8, None)):
-        yield lambda groups=groups, listed=listed: residency.resolve_pages(
-            many, chosen, torch.zeros(ROWS, BUDGET), clock, totals, groups, listed
-        )
+    for rows, groups, listed in ((ROWS, 1, lists), (ROWS, 8, None), (4 * ROWS, 1, None)):
+        for scores in (torch.zeros(rows, BUDGET), None):
+            yield functools.partial(
+                residency.resolve_pages, many, integers(rows, BUDGET), scores, clock, totals,
+                groups, listed,
+            )  # fmt: skip
     yield lambda: residency.find_frames(tables.frame_of, pages, counts, 8, lists)
 
 
