@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
@@ -31,10 +30,11 @@ import gpu_cases as cases  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from gpu_cases import Shape  # noqa: E402
-from gpu_step import Step  # noqa: E402
+from gpu_step import Step, captured  # noqa: E402
 
-CONTEXTS = [1024 * size for size in (8, 16, 32, 64, 128, 256)]
-BATCHES = (1, 4, 16, 32)
+CONTEXTS = [1024 * size for size in (32, 128, 8, 64, 16, 256)]
+BATCHES = (16, 1, 4, 32)
+"""The sizes that targets name come first, in case the time runs out."""
 BUDGET = 2048
 MODELS = (Shape("Llama-3.1-8B", 32, 8, 128), Shape("Qwen3-32B", 64, 8, 128))
 ODD = (
@@ -76,7 +76,7 @@ class Report:
         if steps:
             print(f"\n{'model':14}{'context':>9}{'batch':>6}{'step us':>9}{'select %':>9}"
                   f"{'dense us':>10}{'speedup':>8}")  # fmt: skip
-        for row in steps:
+        for row in sorted(steps, key=lambda row: (row["model"], row["context"], row["batch"])):
             dense = row.get("dense_us")
             print(f"{row['model']:14}{row['context']:>9}{row['batch']:>6}{row['step_us']:>9.1f}"
                   f"{100 * row['selection_share']:>9.1f}"
@@ -92,6 +92,9 @@ def _short(value: Any) -> Any:
 def correctness(report: Report, shapes: tuple[Shape, ...], device: torch.device) -> None:
     """Every check on every shape."""
     for shape, (name, check) in itertools.product(shapes, cases.CHECKS.items()):
+        if report.late(f"{name} of {shape.name}"):
+            report.broken.add(name)  # what was not shown right is not timed
+            continue
         _try(report, name, shape, functools.partial(check, shape, device))
     if not cases.flashinfer.is_available():
         report.skipped.append("FlashInfer (not installed, or no GPU)")
@@ -199,7 +202,7 @@ def steps(report: Report, peak: dict[str, float], device: torch.device) -> None:
     if needed & report.broken:
         report.skipped.append(f"step timings ({', '.join(sorted(needed & report.broken))} broken)")
         return
-    for shape, context, batch in itertools.product(MODELS, CONTEXTS, BATCHES):
+    for context, batch, shape in itertools.product(CONTEXTS, BATCHES, MODELS):
         name = f"{shape.name} {context} x {batch}"
         if report.late(name):
             continue
@@ -207,6 +210,8 @@ def steps(report: Report, peak: dict[str, float], device: torch.device) -> None:
             _one_size(report, peak, shape, context, batch, device)
         except torch.OutOfMemoryError:
             report.skipped.append(f"{name} (memory)")
+        except Exception as problem:
+            report.skipped.append(f"{name} ({type(problem).__name__}: {problem})")
         torch.cuda.empty_cache()
 
 
@@ -221,40 +226,51 @@ def _one_size(
     counts = [context // shape.page_size] * batch
     step = Step(shape, counts, device, budget=BUDGET, spare=64, seed=1, backed=1)
     step.settle()
-    parts = {name: microseconds(run) for name, run in step.parts().items()}
-    captured = step.capture()
-    taken = microseconds(captured.replay)
+    parts = {name: microseconds(captured(run)) for name, run in step.parts().items()}
+    graph = step.capture()
+    taken = microseconds(graph.replay)
     selection = parts["score"] + parts["select"] + parts["resolve"]
     scanned = batch * counts[0] * 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
     row = {
         "model": shape.name, "context": context, "batch": batch, "step_us": taken,
         **{f"{name}_us": value for name, value in parts.items()},
-        "selection_share": selection / sum(parts.values()),
-        "score_share_of_copy": scanned / (parts["score"] * 1e-6) / peak["copy"] / 2,
+        "selection_share": selection / taken, "pages_recalled": 0,
+        "score_share_of_copy": scanned / (parts["score"] * 1e-6) / peak["copy"],
         "score_mib": scanned / 2**20,
     }  # fmt: skip
-    del captured
+    del graph
     if cases.flashinfer.is_available() and "flashinfer decode" not in report.broken:
-        row["attend_flashinfer_us"] = microseconds(step.flashinfer(BUDGET // shape.page_size))
-        row["dense_us"] = microseconds(step.flashinfer(counts[0]))
+        row["attend_flashinfer_us"] = microseconds(
+            captured(step.flashinfer(BUDGET // shape.page_size))
+        )
+        row["dense_us"] = microseconds(captured(step.flashinfer(counts[0])))
     report.add("step", **row)
+
+
+def _output(*command: str) -> str:
+    """What a command prints, or that it is not known."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what this ran."""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     found: dict[str, Any] = {
-        "commit": run.stdout.strip() or "unknown", "python": platform.python_version(),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "python": platform.python_version(),
         "torch": torch.__version__, "triton": triton.__version__, "device": str(device),
     }  # fmt: skip
     if cases.flashinfer.importlib.util.find_spec("flashinfer"):
-        found["flashinfer"] = importlib.metadata.version("flashinfer-python")
+        found["flashinfer"] = _output(
+            sys.executable, "-c", "import flashinfer; print(flashinfer.__version__)"
+        )
     if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         properties = torch.cuda.get_device_properties(device)
         found |= {
-            "gpu": properties.name, "driver": driver.stdout.strip(), "cuda": torch.version.cuda,
+            "gpu": properties.name, "driver": driver, "cuda": torch.version.cuda,
             "multiprocessors": properties.multi_processor_count,
         }  # fmt: skip
     return found
@@ -273,16 +289,19 @@ def main() -> int:
     device = torch.device(options.device)
     report = Report(options.out, time.monotonic() + 60 * options.minutes)
     on_gpu = device.type == "cuda"
-    correctness(report, (*MODELS, *ODD) if on_gpu else INTERPRETED, device)
-    if on_gpu:
-        for shape in (MODELS[0], ODD[0]):
-            _try(report, "captured step", shape, functools.partial(replay, shape, device))
-        peak = peaks(report, device)
-        transfers(report, peak, device)
-        steps(report, peak, device)
-    else:
-        report.skipped.append("everything that needs a GPU")
-    report.finish(machine(device))
+    found = machine(device)
+    try:
+        correctness(report, (*MODELS, *ODD) if on_gpu else INTERPRETED, device)
+        if on_gpu:
+            for shape in (MODELS[0], ODD[0]):
+                _try(report, "captured step", shape, functools.partial(replay, shape, device))
+            peak = peaks(report, device)
+            transfers(report, peak, device)
+            steps(report, peak, device)
+        else:
+            report.skipped.append("everything that needs a GPU")
+    finally:  # a kernel that breaks the device must not take along what was found before
+        report.finish(found)
     return 1 if report.broken else 0
 
 

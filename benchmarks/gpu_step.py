@@ -21,6 +21,24 @@ from gpu_cases import (
 from arkvale_kernels.layout import PINNED, NewTokens, SelectionRule
 
 
+def _warm_up(run: Callable[[], object]) -> None:
+    """Compile and allocate what a capture must not, on a stream of its own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """``run`` as the replay of a graph, so that a timing holds no launch costs of the host."""
+    _warm_up(run)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 class Step:
     """A batch whose rows hold ``counts`` pages each (0 is inert), the last of them open.
 
@@ -94,9 +112,11 @@ class Step:
     def settle(self) -> None:
         """Make what this query chooses resident without reading it, so that nothing is recalled
         from now on while the query stays."""
-        for _ in range(2):
+        for _ in range(3):
             self.clock += 1
-            self._resolve(*self._select(self._score()))
+            _, recalls = self._resolve(*self._select(self._score()))
+        if int(recalls.counts.sum()):
+            raise RuntimeError("a settled step still recalls, and most pages have no backup here")
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """The launches of a step, each with the outcome of those before it."""
@@ -147,11 +167,7 @@ class Step:
         was, since what warming up did to it is undone."""
         tables = [table.clone() for table in self.layer.residency]
         counts = self.counts.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.run()
-        torch.cuda.current_stream().wait_stream(side)
+        _warm_up(self.run)
         for table, before in zip(self.layer.residency, tables, strict=True):
             table.copy_(before)
         self.counts.copy_(counts)
@@ -172,7 +188,7 @@ class Step:
             ),
             rows, rows * pages,
             torch.empty(flashinfer.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
-            fixed=False,
+            fixed=True,
         )  # fmt: skip
         size = (rows * pages, shape.page_size, shape.kv_heads, shape.head_dim)
         k, v = (torch.randn(size, dtype=shape.dtype, device=device) for _ in range(2))

@@ -37,7 +37,9 @@ def choose_attention(config: ArkValeConfig, geometry: PageGeometry, device: torc
     known = geometry.head_dim in flashinfer.HEAD_DIMS and geometry.dtype.itemsize == 2
     usable = known and config.recall_cap is None and flashinfer.is_available()
     if config.attention == "flashinfer" and not usable:
-        what = "is not installed" if known else f"has no head_dim {geometry.head_dim} here"
+        what = "is not installed"
+        if not known:
+            what = f"does not know head_dim {geometry.head_dim} in {geometry.dtype}"
         raise ArkValeError(
             f"--arkvale-attention flashinfer cannot be used because FlashInfer {what}; use "
             "--arkvale-attention triton."

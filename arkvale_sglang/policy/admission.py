@@ -52,10 +52,10 @@ class FrameAdmission:
         rows = len(page_counts)
         if self._unbounded:
             return [(0, rows)]
-        room = self._frames - rows - 1
+        room = self._frames - sum(pages > 0 for pages in page_counts) - 1
         runs, start, used = [], 0, 0
         for row, pages in enumerate(page_counts):
-            need = min(self.need_limit, pages) - 1
+            need = max(0, min(self.need_limit, pages) - 1)  # an inert row of 0 pages needs none
             if row > start and used + need > room:
                 runs.append((start, row))
                 start, used = row, 0

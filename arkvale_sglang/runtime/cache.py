@@ -66,6 +66,7 @@ class PagedCache:
 
     def settle(self) -> None:
         """Apply queued releases.  Call on the forward stream, between passes."""
+        self.transfers.join()
         if self._forget:
             self.store.reset()
             self._forget = self.pressed = False
@@ -80,7 +81,6 @@ class PagedCache:
 
     def begin_step(self) -> None:
         """Start a forward pass: apply releases, advance the clock, note the pressure."""
-        self.transfers.join()
         self.settle()
         self.clock += self._clock_span
         self._clock_span = 1

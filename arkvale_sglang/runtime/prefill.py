@@ -65,7 +65,7 @@ def plan_extend(
     cache.begin_step()
     size, device = cache.config.page_size, slots.device
     ends = [prefix + chunk for prefix, chunk in zip(prefix_lengths, chunk_lengths, strict=True)]
-    lengths = torch.tensor(ends, device=device)
+    lengths = cache.to_device(ends)
     pages = cache.page_table(slots, rows, lengths, -(-max(ends) // size))
     _claim_new_pages(cache, pages, prefix_lengths, ends)
 

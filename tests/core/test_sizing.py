@@ -74,10 +74,10 @@ def test_a_plan_promises_the_bytes_that_the_store_takes(groups, dtype):
     )
 
 
-def test_staging_holds_one_block_of_one_layer():
-    """8192 tokens, K and V, 4 heads of 64, 2 bytes: 8 MiB whatever the groups."""
+def test_staging_holds_two_blocks_of_one_layer():
+    """8192 tokens, K and V, 4 heads of 64, 2 bytes: 8 MiB a block, whatever the groups."""
     for groups in (1, 2, 4):
-        assert PoolPlan(geometry(groups=groups), 100, 10).staging_bytes == 8 * MIB
+        assert PoolPlan(geometry(groups=groups), 100, 10).staging_bytes == 16 * MIB
 
 
 @settings(max_examples=150, deadline=None)

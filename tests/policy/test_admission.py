@@ -134,3 +134,13 @@ def test_a_cache_that_fits_bounds_nothing():
     running = [10**6] * 50
     assert gate.most_requests is None and gate.holds(running)
     assert gate.waves([100] * 50) == [(0, 50)]
+
+
+def test_rows_that_only_pad_a_captured_batch_ask_for_nothing():
+    """Else a batch that fits would split once it is padded, and no graph replays two waves."""
+    geometry = PageGeometry(16, 2, 0, 1, 8, 1, torch.float32)
+    plan = PoolPlan(geometry, 100, 24)
+    admission = FrameAdmission(ArkValeConfig(page_size=16, budget=16 * 6), plan)
+    rows = [6, 6, 6, 6]
+    assert len(admission.waves(rows)) == 2
+    assert len(admission.waves(rows[:3])) == 1 == len(admission.waves([*rows[:3], *[0] * 20]))

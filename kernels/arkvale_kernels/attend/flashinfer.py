@@ -14,7 +14,7 @@ import torch
 
 from arkvale_kernels.layout import FrameLists
 
-WORKSPACE_BYTES = 128 << 20
+WORKSPACE_BYTES = 384 << 20
 """What FlashInfer asks for partial results of split rows."""
 _TENSOR_CORE_RATIO = 4
 """Query heads per KV head from which FlashInfer's tensor-core path pays."""

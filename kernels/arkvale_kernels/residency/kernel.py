@@ -250,7 +250,7 @@ def resolve_pages(
         HAS_LISTS=lists is not None,
         BLOCK=block,
         FRAMES=4096,
-        num_warps=16 if block == 2048 else 8,
+        num_warps=16 if block == 2048 else min(8, block // 32),  # no thread without an entry
     )
     return lane_frames, recalls
 
