@@ -125,6 +125,11 @@ def row_pages(shape: Shape, counts: list[int], stride: int, device: torch.device
     return (table.unsqueeze(1) + lanes.view(1, -1, 1)).flatten(0, 1).contiguous()
 
 
+def ragged(rows: int, most: int) -> list[int]:
+    """So many random sizes from 1 to ``most``."""
+    return torch.randint(1, most + 1, (rows,)).tolist()
+
+
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the size of what was expected."""
     expected = expected.double()
@@ -161,7 +166,7 @@ def check_digest(shape: Shape, device: torch.device) -> float:
 def check_score(shape: Shape, device: torch.device) -> float:
     """Ragged rows, inert ones and ones under budget."""
     layer = empty_layer(shape, device, pages=400, frames=8, backed=1)
-    counts = [390, 0, 10, 257]
+    counts = [0, 300, *ragged(2, 390)]
     lane_pages = row_pages(shape, [max(1, count) for count in counts], 401, device)
     by_lane = torch.tensor(counts, dtype=torch.int32, device=device).repeat_interleave(shape.groups)
     size = (len(by_lane), shape.lane_query_heads, shape.head_dim)
@@ -183,7 +188,7 @@ def check_score(shape: Shape, device: torch.device) -> float:
 def check_select(shape: Shape, device: torch.device) -> float:
     """The same pages as the definition, whose ranking is one top-k."""
     rule = SelectionRule(64, 30, 2, 2)
-    counts = torch.tensor([5000, 0, 40, 65, 900], dtype=torch.int32, device=device)
+    counts = torch.tensor([0, 65, *ragged(3, 5000)], dtype=torch.int32, device=device)
     lane_pages = torch.arange(1, 5001, dtype=torch.int32, device=device).repeat(5, 1)
     scores = torch.randperm(25000, device=device).float().view(5, 5000)
     scores = ((scores.view(torch.int32) & ~1) | (scores.int() % 3 == 0)).view(torch.float32)
@@ -198,7 +203,7 @@ def check_resolve(shape: Shape, device: torch.device) -> float:
     layer = empty_layer(shape, device, pages=300, frames=150, backed=1)
     make_resident(layer, shape, 1 + torch.randperm(300, device=device)[:140])
     tables = [Residency(*(table.clone() for table in layer.residency)) for _ in range(2)]
-    wanted = row_pages(shape, [40, 40, 13], 301, device)
+    wanted = row_pages(shape, ragged(3, 40), 301, device)
     counts = [torch.zeros(5, dtype=torch.int64, device=device) for _ in range(2)]
     scores = torch.randn(wanted.shape, device=device)
     clock = torch.full((), 7, device=device)
@@ -258,8 +263,7 @@ def check_attend(shape: Shape, device: torch.device) -> float:
     """Decode over scattered frames, ragged lengths, an inert row."""
     frames = torch.randn((300, shape.page_size, shape.lane_heads, shape.head_dim), device=device)
     k_frames, v_frames = frames.to(shape.dtype), frames.flip(0).to(shape.dtype)
-    counts = [64, 1, 0, 17]
-    lengths = [max(0, count * shape.page_size - 5) for count in counts]
+    lengths = [0, *ragged(3, 64 * shape.page_size)]
     lists = torch.randperm(300, device=device)[: 4 * 64].view(4, 64).int()
     size = (4, shape.lane_query_heads, shape.head_dim)
     query = torch.randn(size, dtype=shape.dtype, device=device)
@@ -276,7 +280,7 @@ def check_attend(shape: Shape, device: torch.device) -> float:
 
 def check_prefill(shape: Shape, device: torch.device, source=attend) -> float:
     """A chunk over itself and its prefix, merged, against dense attention of the whole."""
-    prefix, chunk = 200, 77
+    prefix, chunk = ragged(2, 200)
     size = (prefix + chunk, shape.kv_heads, shape.head_dim)
     k, v = (torch.randn(size, dtype=shape.dtype, device=device) for _ in range(2))
     query = torch.randn(
@@ -304,7 +308,7 @@ def check_flashinfer_decode(shape: Shape, device: torch.device) -> float:
         3, 3 * 20, torch.empty(flashinfer.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
         fixed=False,
     )  # fmt: skip
-    lengths = [20 * shape.page_size, 3 * shape.page_size - 7, 5]
+    lengths = ragged(3, 20 * shape.page_size)
     decode.plan(lengths)
     frames = torch.randn((99, shape.page_size, shape.lane_heads, shape.head_dim), device=device)
     k_frames, v_frames = frames.to(shape.dtype), frames.flip(0).to(shape.dtype)
