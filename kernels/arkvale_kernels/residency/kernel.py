@@ -233,6 +233,7 @@ def resolve_pages(
     )
     frames = (residency.heat.shape[0] - 1) // groups
     block = min(2048, max(128, triton.next_power_of_2(rows // groups * budget)))
+    warps = 16 if block == 2048 else min(8, block // 32)  # no thread without an entry
     _resolve_pages[(groups,)](
         *residency,
         lane_pages,
@@ -249,8 +250,8 @@ def resolve_pages(
         HAS_SCORES=scores is not None,
         HAS_LISTS=lists is not None,
         BLOCK=block,
-        FRAMES=4096,
-        num_warps=16 if block == 2048 else min(8, block // 32),  # no thread without an entry
+        FRAMES=min(4096, 512 * warps),
+        num_warps=warps,
     )
     return lane_frames, recalls
 
