@@ -1,5 +1,8 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
+# Side by side: these need one core and no server.
+KERNEL_TESTS = tests/kernels
+OTHER_TESTS = --ignore tests/kernels
 
 .PHONY: demo serve test lint bench-smoke setup clean
 .DEFAULT_GOAL := help
@@ -28,7 +31,10 @@ lint: setup
 test: setup lint
 	@$(PYTHON) setup_env.py --release 0.5.17
 	@$(PYTHON) setup_env.py --release 0.5.23
-	@$(RUN) -m pytest
+	@log=$$(mktemp); \
+	$(RUN) -m pytest $(KERNEL_TESTS) >$$log 2>&1 & kernels=$$!; \
+	$(RUN) -m pytest $(OTHER_TESTS); others=$$?; \
+	wait $$kernels; kernels=$$?; cat $$log; rm -f $$log; exit $$((kernels + others))
 
 bench-smoke: setup
 	@$(RUN) benchmarks/smoke.py
