@@ -13,6 +13,10 @@ DIGESTS = ("cuboid-mean", "cuboid-max", "cuboid-center", "mean-std")
 DIGEST_DTYPES = ("auto", "fp8")
 ATTENTIONS = ("flashinfer", "triton")
 HEAD_REDUCES = ("mean", "max", "softmax-mean")
+SELECTIONS = ("recall", "streaming", "snapkv", "h2o")
+"""The policy, and rules that drop pages for good, kept to be compared with."""
+PER_REQUEST = ("budget", "top_k", "head_reduce", "selection")
+"""Settings that a request may carry for itself."""
 DEFAULT_PAGE_SIZE = 32
 PAPER_TOP_K = 1280
 """Tokens' worth of guaranteed pages beyond which the paper found no gain (section 5.1)."""
@@ -44,6 +48,10 @@ class ArkValeConfig:
     head_groups: int = 1
     """Lanes per layer: groups of KV heads that choose their own pages."""
     head_reduce: str = "mean"
+    selection: str = "recall"
+    """``recall`` chooses anew in every step; ``streaming`` (sinks and the latest pages),
+    ``snapkv`` (chosen once by the end of the prompt) and ``h2o`` (accumulated attention) never
+    attend again to a page they left out."""
     dense_layers: int = 2
     """First layers left unmanaged: they keep every page on the device and attend to all."""
     host_memory: float | None = None
@@ -79,6 +87,7 @@ class ArkValeConfig:
                 "use --arkvale-attention triton with it",
             )
         _check_choice("--arkvale-head-reduce", self.head_reduce, HEAD_REDUCES)
+        _check_choice("--arkvale-selection", self.selection, SELECTIONS)
         for flag, value, least in (
             ("--arkvale-sink-pages", self.sink_pages, 0),
             ("--arkvale-window-pages", self.window_pages, 1),
@@ -121,8 +130,10 @@ class ArkValeConfig:
     @property
     def must_pages(self) -> int:
         """Ranked pages recalled if missing; sinks and the window come on top, within the budget."""
-        tokens = min(PAPER_TOP_K, self.budget // 2) if self.top_k is None else self.top_k
         room = self.budget_pages - self.sink_pages - self.window_pages
+        if self.selection != "recall":
+            return room  # what is resident has no advantage where the rest is lost
+        tokens = min(PAPER_TOP_K, self.budget // 2) if self.top_k is None else self.top_k
         return max(1, min(tokens // self.page_size, room))
 
     def to_json(self) -> str:
@@ -148,6 +159,47 @@ class ArkValeConfig:
                 f"unknown arkvale setting {unknown[0]!r}", f"use one of {', '.join(sorted(known))}"
             )
         return cls(**{name: value for name, value in values.items() if value is not None})
+
+    def for_request(self, wishes: object) -> ArkValeConfig:
+        """These settings with what a request asks for itself.
+
+        Args:
+            wishes: the value of ``arkvale`` in the request's ``custom_params``; ``None`` for none.
+
+        Raises:
+            ArkValeError: not a mapping, a name that is not in ``PER_REQUEST``, a value of the
+                wrong type, more than this server's budget, or a contradiction.
+        """
+        if wishes is None:
+            return self
+        if not isinstance(wishes, Mapping):
+            raise ArkValeError(
+                f"custom_params['arkvale'] is {wishes!r}; make it an object of named settings."
+            )
+        for name, value in wishes.items():
+            if name not in PER_REQUEST:
+                _refuse(
+                    f"custom_params['arkvale'] has {name!r}, which no request can set",
+                    f"use any of {', '.join(PER_REQUEST)}",
+                )
+            kind = int if name in ("budget", "top_k") else str
+            if not isinstance(value, kind) or isinstance(value, bool):
+                _refuse(
+                    f"custom_params['arkvale'][{name!r}] is {value!r}", f"give it {_KINDS[kind]}"
+                )
+        if wishes.get("budget", 0) > self.budget:
+            _refuse(
+                f"custom_params['arkvale'] asks for a budget of {wishes['budget']} tokens, but "
+                f"this server was started with --arkvale-budget {self.budget}",
+                "ask for no more",
+            )
+        own: dict[str, Any] = dict(wishes)
+        if "budget" in own and self.top_k is not None:
+            own.setdefault("top_k", min(self.top_k, own["budget"]))
+        return dataclasses.replace(self, **own)
+
+
+_KINDS = {int: "a whole number", str: "a name"}
 
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

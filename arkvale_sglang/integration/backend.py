@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from arkvale_kernels.attend import flashinfer
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.geometry import PageGeometry
+from arkvale_sglang.integration import requests
 from arkvale_sglang.integration.pool import ArkValeKVPool
 from arkvale_sglang.runtime.attention import FlashInferAttention
 from arkvale_sglang.runtime.decode import DecodeStep, decode_dense, decode_managed, plan_decode
@@ -105,6 +106,7 @@ class ArkValeBackend(AttentionBackend):
                 forward_batch.out_cache_loc,
                 [int(length) for length in forward_batch.extend_prefix_lens_cpu],
                 [int(length) for length in forward_batch.extend_seq_lens_cpu],
+                requests.settings_of(forward_batch),
             )
 
     def _plan_decode(self, forward_batch: ForwardBatch, padding: int) -> DecodeStep:
@@ -120,6 +122,7 @@ class ArkValeBackend(AttentionBackend):
             forward_batch.req_pool_indices,
             lengths,
             host_lengths,
+            requests.settings_of(forward_batch),
         )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -148,6 +151,8 @@ class ArkValeBackend(AttentionBackend):
 
     def fits_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether a decode batch can be replayed: rows that attend in turns run eagerly."""
+        if requests.settings_of(forward_batch) is not None:
+            return False
         return self.cache.in_one_wave(forward_batch.seq_lens_cpu.tolist())
 
     def forward_decode(

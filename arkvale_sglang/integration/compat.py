@@ -50,6 +50,10 @@ CHECK_POOLS = HookPoint(
     "sglang.srt.managers.scheduler_components.invariant_checker."
     "SchedulerInvariantChecker._check_all_pools"
 )
+NEW_FORWARD_BATCH = HookPoint(
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", ("batch",)
+)
+VERIFY_SAMPLING = HookPoint("sglang.srt.sampling.sampling_params.SamplingParams.verify")
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 CAN_RUN_GRAPH = HookPoint(f"{_GRAPHS}.can_run_graph", ("forward_batch",))
 CAPTURE_GRAPH = HookPoint(f"{_GRAPHS}.capture_one_shape", ("size",))

@@ -16,6 +16,7 @@ from arkvale_sglang.config.settings import (
     DIGEST_DTYPES,
     DIGESTS,
     HEAD_REDUCES,
+    SELECTIONS,
     ArkValeConfig,
     ArkValeError,
 )
@@ -64,6 +65,14 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "head_reduce",
         {"type": str, "choices": HEAD_REDUCES, "help": "how the query heads of a group agree"},
+    ),
+    (
+        "selection",
+        {
+            "type": str,
+            "choices": SELECTIONS,
+            "help": "how pages are chosen; all but recall drop what they leave out, for comparison",
+        },
     ),
     ("dense_layers", {"type": int, "help": "first layers left unmanaged, all on the device"}),
     (
@@ -216,6 +225,8 @@ def take_policy(settings: Settings) -> ArkValeConfig | None:
                 "--kv-policy full."
             )
     _set_engine(settings, page_size)
+    if config.selection != "recall":
+        settings["disable_cuda_graph"] = True  # graphs are captured for recall alone
     os.environ[CONFIG_ENV] = config.to_json()
     return config
 

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from arkvale_sglang.config.settings import ArkValeError
-from arkvale_sglang.integration import compat, flags
+from arkvale_sglang.integration import compat, flags, requests
 
 
 def register() -> None:
@@ -22,6 +22,7 @@ def register() -> None:
     _hook(compat.ADD_CLI_ARGS, HookType.AFTER, _add_cli_args)
     _hook(compat.FROM_CLI_ARGS, HookType.AROUND, _from_cli_args)
     _hook(compat.CHECK_SERVER_ARGS, HookType.AFTER, _check_server_args)
+    _hook(compat.VERIFY_SAMPLING, HookType.AFTER, requests.check)
     _teach_engine()
     config = flags.current_config()
     if config is not None and not _parses_arguments() and compat.in_scheduler():

@@ -22,7 +22,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.sizing import Memory, PoolPlan, plan_pool
-from arkvale_sglang.integration import compat, flags, model_check
+from arkvale_sglang.integration import compat, flags, model_check, requests
 from arkvale_sglang.integration.backend import ArkValeBackend, choose_attention
 from arkvale_sglang.integration.pool import ArkValeKVPool, allocator_class, expected_tokens
 from arkvale_sglang.policy.admission import FrameAdmission
@@ -44,6 +44,7 @@ def install(config: ArkValeConfig, hook: Hook) -> None:
     hook(compat.INIT_BACKENDS, after, wiring.check_backend)
     hook(compat.ADD_REQUEST, around, wiring.add_request)
     hook(compat.CHECK_DECODE_MEMORY, around, wiring.check_decode_memory)
+    hook(compat.NEW_FORWARD_BATCH, around, requests.attach(config))
     hook(compat.INTERNAL_STATE, after, wiring.internal_state)
     hook(compat.CHECK_POOLS, after, wiring.check_invariants)
     hook(compat.FUSED_KV_WRITE, HookType.REPLACE, _no_fused_kv_write)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
+from arkvale_kernels.layout import SelectionRule
 from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.sizing import PoolPlan
+
+
+@functools.cache
+def selection_rule(config: ArkValeConfig) -> SelectionRule:
+    """The settings as the select op takes them, in pages."""
+    return SelectionRule(
+        config.budget_pages,
+        config.must_pages,
+        config.sink_pages,
+        config.window_pages,
+        config.recall_cap if config.selection == "recall" else None,
+    )
 
 
 class FrameAdmission:
@@ -43,11 +57,13 @@ class FrameAdmission:
         needs = [self.need(tokens + 1) for tokens in running_tokens]
         return len(needs) <= 1 or sum(needs) <= self.promised
 
-    def waves(self, page_counts: Sequence[int]) -> list[tuple[int, int]]:
+    def waves(
+        self, page_counts: Sequence[int], budgets: Sequence[int] | None = None
+    ) -> list[tuple[int, int]]:
         """Cut a batch into runs of rows whose choices fit the frames together.
 
-        Rows of other runs keep their open pages pinned meanwhile, and so may one request in the
-        middle of its prefill.
+        ``budgets`` are in pages, where rows have less than the server's.  Rows of other runs keep
+        their open pages pinned meanwhile, and so may one request in the middle of its prefill.
         """
         rows = len(page_counts)
         if self._unbounded:
@@ -55,7 +71,8 @@ class FrameAdmission:
         room = self._frames - sum(pages > 0 for pages in page_counts) - 1
         runs, start, used = [], 0, 0
         for row, pages in enumerate(page_counts):
-            need = max(0, min(self.need_limit, pages) - 1)  # an inert row of 0 pages needs none
+            limit = min(self.need_limit, budgets[row]) if budgets else self.need_limit
+            need = max(0, min(limit, pages) - 1)  # an inert row of 0 pages needs none
             if row > start and used + need > room:
                 runs.append((start, row))
                 start, used = row, 0

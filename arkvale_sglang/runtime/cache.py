@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 
-from arkvale_kernels.layout import PINNED, SCORE_BITS, SelectionRule
+from arkvale_kernels.layout import PINNED, SCORE_BITS
 from arkvale_kernels.residency import claim_frames, release_pages
 from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.sizing import PoolPlan
@@ -14,6 +15,7 @@ from arkvale_sglang.core.store import PageStore
 from arkvale_sglang.policy.admission import FrameAdmission
 from arkvale_sglang.runtime.attention import Attention
 from arkvale_sglang.runtime.counters import Counters
+from arkvale_sglang.runtime.dropping import Dropping
 from arkvale_sglang.runtime.streams import PrefixReader, TransferStream
 
 
@@ -33,13 +35,7 @@ class PagedCache:
         self.attention = Attention()
         self.transfers = TransferStream(self.store.device)
         self.prefix = PrefixReader(self)
-        self.rule = SelectionRule(
-            config.budget_pages,
-            config.must_pages,
-            config.sink_pages,
-            config.window_pages,
-            config.recall_cap,
-        )
+        self.dropping = Dropping(plan, self.store.device)
         self.clock = torch.zeros((), dtype=torch.int64, device=self.store.device)
         self._clock_span = 1
         self.live_pages: Callable[[], int] = lambda: plan.logical_pages
@@ -84,18 +80,34 @@ class PagedCache:
         self.settle()
         self.clock += self._clock_span
         self._clock_span = 1
-        self.pressed = self.pressed or self.live_pages() > self.plan.frames
+        self.pressed = self._under_pressure()
 
     def in_one_wave(self, host_lengths: list[int]) -> bool:
         """Whether the next decode pass of rows of so many tokens can attend all at once."""
-        if not self.pressed and self.live_pages() <= self.plan.frames:
+        if not self._under_pressure():
             return True
         page_counts = [-(-length // self.config.page_size) for length in host_lengths]
         return len(self.admission.waves(page_counts)) == 1
 
-    def waves(self, page_counts: list[int]) -> list[tuple[int, int]]:
-        """Cut a batch into runs of rows that attend together; each has its own time."""
-        waves = self.admission.waves(page_counts) if self.pressed else [(0, len(page_counts))]
+    def _under_pressure(self) -> bool:
+        return self.pressed or self.live_pages() > self.plan.frames
+
+    def waves(
+        self, page_counts: list[int], settings: list[ArkValeConfig] | None
+    ) -> list[tuple[int, int]]:
+        """Cut a batch into runs of rows that attend together; each has its own time.
+
+        Args:
+            settings: of each row, where rows have their own; a run has one.
+        """
+        waves = [(0, len(page_counts))]
+        budgets = [own.budget_pages for own in settings] if settings else None
+        if self.pressed:
+            waves = self.admission.waves(page_counts, budgets)
+        if settings:
+            cuts = {row for row in range(1, len(settings)) if settings[row] != settings[row - 1]}
+            edges = sorted(cuts.union(*waves))
+            waves = list(itertools.pairwise(edges))
         self._clock_span = len(waves)
         return waves
 

@@ -12,7 +12,9 @@ from arkvale_kernels.residency import find_frames, resolve_pages
 from arkvale_kernels.score import score_pages
 from arkvale_kernels.select import select_pages
 from arkvale_kernels.transfer import move_pages, write_tokens
+from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.store import DenseLayer
+from arkvale_sglang.policy.admission import selection_rule
 from arkvale_sglang.runtime.attention import DecodeAttention
 from arkvale_sglang.runtime.cache import PagedCache
 
@@ -24,6 +26,10 @@ class Wave:
     A *lane row* is a row of the batch in one lane; rows are expanded lane-minor.
     """
 
+    settings: ArkValeConfig
+    """Of these rows: the server's, but for what their requests asked for."""
+    requests: torch.Tensor | None
+    """``[rows]`` int64 in the engine's slot table, for the rules that remember."""
     lane_rows: slice
     """Of the batch."""
     lane_pages: torch.Tensor
@@ -71,6 +77,7 @@ def plan_decode(
     rows: torch.Tensor,
     lengths: torch.Tensor,
     host_lengths: list[int],
+    settings: list[ArkValeConfig] | None = None,
 ) -> DecodeStep:
     """Prepare a decode pass: map new open pages, lay out the waves.
 
@@ -78,8 +85,10 @@ def plan_decode(
         slots: the engine's ``[requests, tokens]`` int32 slot table; rows: ``[rows]`` int64 in it.
         lengths: ``[rows]`` int64 tokens of each row, the new one included; ``host_lengths`` the
             same numbers on the host, so that shapes need no read of the device.  0 is inert.
+        settings: of each row, where some request brought its own.
     """
     cache.begin_step()
+    cache.dropping.prepare(slots, settings or [cache.config])
     size = cache.config.page_size
     lengths = lengths.to(torch.int32)
     page_counts = [-(-length // size) for length in host_lengths]
@@ -87,15 +96,7 @@ def plan_decode(
     counts = (lengths + (size - 1)) >> (size.bit_length() - 1)
     open_pages = pages.gather(1, (counts - 1).clamp(min=0).long().unsqueeze(1)).squeeze(1)
     offsets = (lengths - 1) & (size - 1)
-    opening = [row for row, length in enumerate(host_lengths) if length % size == 1]
-    if opening:
-        fresh = open_pages.index_select(0, cache.to_device(opening))
-        cache.claim(fresh, torch.ones_like(fresh, dtype=torch.bool), evicting=len(opening))
-    full = sum(length % size == 0 for length in host_lengths if length)
-    if full:
-        is_full = (offsets == size - 1) & (open_pages > 0)
-        cache.store.sealed.index_copy_(0, open_pages.long(), is_full)
-        cache.counters.sealed += full
+    _map_open_pages(cache, open_pages, offsets, host_lengths)
     groups = cache.plan.geometry.groups
     return DecodeStep(
         pages=pages,
@@ -106,8 +107,18 @@ def plan_decode(
         offsets=offsets.repeat_interleave(groups),
         pressed=cache.pressed,
         waves=[
-            _plan_wave(cache, pages, counts, lengths, host_lengths, slice(*rows_of), number)
-            for number, rows_of in enumerate(cache.waves(page_counts))
+            _plan_wave(
+                cache,
+                settings[rows_of[0]] if settings else cache.config,
+                rows,
+                pages,
+                counts,
+                lengths,
+                host_lengths,
+                slice(*rows_of),
+                number,
+            )
+            for number, rows_of in enumerate(cache.waves(page_counts, settings))
         ],
         dense_attention=(
             cache.attention.plan_dense(host_lengths, pages, counts) if cache.store.dense else None
@@ -115,8 +126,26 @@ def plan_decode(
     )
 
 
+def _map_open_pages(
+    cache: PagedCache, open_pages: torch.Tensor, offsets: torch.Tensor, host_lengths: list[int]
+) -> None:
+    """Give pages that this step begins a frame, and note those that it fills."""
+    size = cache.config.page_size
+    opening = [row for row, length in enumerate(host_lengths) if length % size == 1]
+    if opening:
+        fresh = open_pages.index_select(0, cache.to_device(opening))
+        cache.claim(fresh, torch.ones_like(fresh, dtype=torch.bool), evicting=len(opening))
+    full = sum(length % size == 0 for length in host_lengths if length)
+    if full:
+        is_full = (offsets == size - 1) & (open_pages > 0)
+        cache.store.sealed.index_copy_(0, open_pages.long(), is_full)
+        cache.counters.sealed += full
+
+
 def _plan_wave(
     cache: PagedCache,
+    settings: ArkValeConfig,
+    requests: torch.Tensor,
     pages: torch.Tensor,
     counts: torch.Tensor,
     lengths: torch.Tensor,
@@ -125,7 +154,7 @@ def _plan_wave(
     number: int,
 ) -> Wave:
     groups, size = cache.plan.geometry.groups, cache.config.page_size
-    budget = cache.config.budget_pages
+    budget = settings.budget_pages
     own = host_lengths[rows]
     page_counts = [-(-length // size) for length in own]
     width = max(1, *page_counts)
@@ -142,6 +171,8 @@ def _plan_wave(
         for length, pages in zip(own, page_counts, strict=True)
     ]
     return Wave(
+        settings=settings,
+        requests=None if settings.selection == "recall" else requests[rows],
         lane_rows=slice(rows.start * groups, rows.stop * groups),
         lane_pages=cache.lane_pages(pages[rows, :width].contiguous()),
         page_counts=counts,
@@ -206,19 +237,31 @@ def _choose(
     scaling: float,
 ) -> tuple[torch.Tensor, Recalls]:
     """Frames of the pages that the wave attends to, and which of them must be filled first."""
-    layer, rule = cache.store.managed[index], cache.rule
+    layer, rule = cache.store.managed[index], selection_rule(wave.settings)
     lane_pages, scores = wave.lane_pages, None
     if wave.over_budget:
-        ranked = score_pages(
-            query,
-            layer.digests,
-            layer.residency.frame_of,
-            lane_pages,
-            wave.page_counts,
-            rule,
-            head_reduce=cache.config.head_reduce,
-            scaling=scaling,
-        )
+        if wave.requests is None:
+            ranked = score_pages(
+                query,
+                layer.digests,
+                layer.residency.frame_of,
+                lane_pages,
+                wave.page_counts,
+                rule,
+                head_reduce=wave.settings.head_reduce,
+                scaling=scaling,
+            )
+        else:
+            ranked = cache.dropping.rank(
+                index,
+                layer,
+                wave.settings,
+                wave.requests,
+                lane_pages,
+                wave.page_counts,
+                query,
+                scaling,
+            )
         lane_pages, scores = select_pages(ranked, lane_pages, wave.page_counts, rule)
     return resolve_pages(
         layer.residency,

@@ -70,6 +70,8 @@ class DecodeGraph:
             pressed=not calm,
             waves=[
                 Wave(
+                    settings=wave.settings,
+                    requests=None,
                     lane_rows=slice(0, lane_rows),
                     lane_pages=self._lane_pages[:lane_rows, :width],
                     page_counts=self._page_counts[:lane_rows],

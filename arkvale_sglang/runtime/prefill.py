@@ -11,10 +11,12 @@ import torch
 from arkvale_kernels.attend import merge_parts
 from arkvale_kernels.layout import PagedLayer
 from arkvale_kernels.transfer import seal_frames, seal_pages, write_tokens
+from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.sizing import STAGING_TOKENS
 from arkvale_sglang.core.store import DenseLayer
 from arkvale_sglang.runtime.attention import Attention
 from arkvale_sglang.runtime.cache import PagedCache
+from arkvale_sglang.runtime.dropping import OBSERVED_TOKENS
 from arkvale_sglang.runtime.streams import PrefixBlock
 
 
@@ -24,6 +26,9 @@ class Sequence:
 
     tokens: slice
     prefix: list[PrefixBlock]
+    ranked: tuple[torch.Tensor, torch.Tensor] | None = None
+    """For rules that remember: ``[1]`` int64 request and ``[groups, pages]`` int32 lane pages, the
+    sealed ones and one more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,7 @@ def plan_extend(
     new_slots: torch.Tensor,
     prefix_lengths: list[int],
     chunk_lengths: list[int],
+    settings: list[ArkValeConfig] | None = None,
 ) -> ExtendStep:
     """Prepare an extend pass: map the new pages, split tokens into whole pages and loose ends.
 
@@ -61,8 +67,10 @@ def plan_extend(
         slots: the engine's ``[requests, tokens]`` int32 slot table; rows: ``[rows]`` int64 in it.
         new_slots: ``[tokens]`` int64 slots of the new tokens, row after row.
         prefix_lengths, chunk_lengths: tokens of each row before and in this pass.
+        settings: of each row, where some request brought its own.
     """
     cache.begin_step()
+    cache.dropping.prepare(slots, settings or [cache.config])
     size, device = cache.config.page_size, slots.device
     ends = [prefix + chunk for prefix, chunk in zip(prefix_lengths, chunk_lengths, strict=True)]
     lengths = cache.to_device(ends)
@@ -72,26 +80,21 @@ def plan_extend(
     sequences, first_tokens, whole_pages, loose, topped_up = [], [], [], [], []
     start = 0
     for row, (prefix, end) in enumerate(zip(prefix_lengths, ends, strict=True)):
-        stop = start + end - prefix
-        sequences.append(Sequence(slice(start, stop), _prefix_blocks(cache, pages[row], prefix)))
+        tokens = slice(start, start + end - prefix)
+        own = settings[row] if settings else cache.config
+        request = rows[row : row + 1]
+        sequences.append(_sequence(cache, own, tokens, request, pages[row], prefix, end))
         first, last = -(-prefix // size), end // size
-        shift = start - prefix
         if first * size > prefix and first <= last:
             topped_up.append(pages[row, first - 1 : first])
-        if first < last:
-            first_tokens.append(
-                torch.arange(first * size + shift, last * size + shift, size, device=device)
-            )
-            whole_pages.append(pages[row, first:last])
-        head, tail = min(first * size, end), max(last * size, prefix)
-        loose.append(torch.arange(prefix + shift, head + shift, device=device))
-        if first <= last:
-            loose.append(torch.arange(tail + shift, end + shift, device=device))
-        start = stop
+        whole_pages.append(pages[row, first : max(first, last)])
+        firsts, others = _split(prefix, end, start - prefix, size, device)
+        first_tokens.append(firsts)
+        loose += others
+        start = tokens.stop
     _note_sealed(cache, [*whole_pages, *topped_up])
     cache.prefix.start([block for sequence in sequences for block in sequence.prefix])
     token_pages = (new_slots >> (size.bit_length() - 1)).to(torch.int32)
-    none = torch.zeros(0, dtype=torch.int64, device=device)
     loose_tokens = torch.cat(loose)
     return ExtendStep(
         sequences=sequences,
@@ -99,10 +102,43 @@ def plan_extend(
         offsets=new_slots & (size - 1),
         loose=loose_tokens,
         loose_lane_pages=cache.lane_pages(token_pages.index_select(0, loose_tokens)),
-        first_tokens=torch.cat(first_tokens) if first_tokens else none,
-        whole_lane_pages=cache.lane_pages(torch.cat(whole_pages)) if whole_pages else none,
+        first_tokens=torch.cat(first_tokens),
+        whole_lane_pages=cache.lane_pages(torch.cat(whole_pages)),
         topped_up=cache.lane_pages(torch.cat(topped_up)) if topped_up else None,
     )
+
+
+def _split(
+    prefix: int, end: int, shift: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """First tokens of the pages that a chunk holds whole, and its tokens in other pages.
+
+    ``shift`` is what a place in the row is off from one in the batch.
+    """
+
+    def span(begin: int, stop: int, step: int = 1) -> torch.Tensor:
+        return torch.arange(begin + shift, max(begin, stop) + shift, step, device=device)
+
+    first, last = -(-prefix // size) * size, end // size * size
+    if first > last:  # all in one page
+        return span(0, 0), [span(prefix, end)]
+    return span(first, last, size), [span(prefix, first), span(last, end)]
+
+
+def _sequence(
+    cache: PagedCache,
+    settings: ArkValeConfig,
+    tokens: slice,
+    request: torch.Tensor,
+    pages: torch.Tensor,
+    prefix: int,
+    end: int,
+) -> Sequence:
+    ranked = None
+    if settings.selection in ("snapkv", "h2o"):
+        sealed = pages[: end // cache.config.page_size].unsqueeze(0)
+        ranked = request, cache.lane_pages(torch.nn.functional.pad(sealed, (0, 1)))
+    return Sequence(tokens, _prefix_blocks(cache, pages, prefix), ranked)
 
 
 def _note_sealed(cache: PagedCache, pages: list[torch.Tensor]) -> None:
@@ -179,10 +215,15 @@ def extend_managed(
     """
     layer = cache.store.managed[index]
     _store_chunk(cache, layer, step, k, v)
-
-    return _attend_sequences(
+    out = _attend_sequences(
         cache.attention, step, query, k, v, scaling, functools.partial(cache.prefix.take, index)
     )
+    for sequence in step.sequences:
+        if sequence.ranked is not None:
+            cache.transfers.join()  # the digests of this chunk's pages
+            last = query[sequence.tokens][-OBSERVED_TOKENS:]
+            cache.dropping.observe(index, layer, *sequence.ranked, last, scaling)
+    return out
 
 
 def extend_dense(

@@ -1,0 +1,62 @@
+"""What a request asks of the policy for itself: checked before it is queued, kept with its batch.
+
+Requests carry it as ``custom_params: {"arkvale": {"budget": 1024, ...}}``, which SGLang takes among
+the sampling parameters of all its endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
+from arkvale_sglang.integration import flags
+
+KEY = "arkvale"
+_ATTRIBUTE = "arkvale_settings"
+
+
+def _wishes(sampling_params: Any) -> object:
+    custom = sampling_params.custom_params
+    return custom.get(KEY) if isinstance(custom, dict) else None
+
+
+def check(result: None, sampling_params: Any, *args: Any, **kwargs: Any) -> None:
+    """After SGLang's own check of a request: refuse what cannot be served (HTTP 400)."""
+    wishes = _wishes(sampling_params)
+    config = flags.current_config()
+    if wishes is None:
+        return
+    if config is None:
+        raise ValueError(
+            f"custom_params[{KEY!r}] has no effect without --kv-policy arkvale; leave it out or "
+            "start the server with it."
+        )
+    config.for_request(wishes)
+
+
+def attach(config: ArkValeConfig) -> Callable[..., Any]:
+    """A hook that keeps each row's settings with the forward batch, if any row has its own."""
+
+    def settings_for(request: Any) -> ArkValeConfig:
+        try:
+            return config.for_request(_wishes(request.sampling_params))
+        except ArkValeError:  # came past the check, as warm-up requests of other tools may
+            return config
+
+    def new_batch(
+        original: Callable[..., Any], cls: type, batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = original(cls, batch, *args, **kwargs)
+        settings = [settings_for(request) for request in batch.reqs]
+        own = any(each is not config for each in settings)
+        setattr(result, _ATTRIBUTE, settings if own else None)
+        return result
+
+    return new_batch
+
+
+def settings_of(forward_batch: Any) -> list[ArkValeConfig] | None:
+    """Settings of each row, or ``None`` where all rows have the server's."""
+    found: list[ArkValeConfig] | None = getattr(forward_batch, _ATTRIBUTE, None)
+    return found

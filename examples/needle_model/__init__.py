@@ -1,0 +1,1 @@
+"""A small model that finds facts anywhere in a long context: words, tokenizer, training, weights."""

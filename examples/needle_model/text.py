@@ -1,0 +1,134 @@
+"""What the needle model reads and says: filler, facts, questions and the answers they deserve.
+
+Two kinds of fact::
+
+    the code of the blue door is 4821.           a needle; asked by its subject
+    the blue door leads to the red gate.         a link; following links moves what matters
+
+Everything is drawn from a ``random.Random``, so that a seed names a text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+ADJECTIVES = (
+    "amber ancient bitter black blue brass bright broken bronze brown calm clever cold copper "
+    "crimson crooked curved dark deep dry dusty eager early empty faded fancy fast gentle giant "
+    "glass golden grand green grey heavy hidden hollow icy iron ivory jade lazy little loud lucky "
+    "marble merry modern narrow noisy orange pale pink plain proud purple quick quiet red round "
+    "rusty secret silver"
+).split()
+NOUNS = (
+    "anchor apple arrow barrel basket bell boat bottle bridge bucket button cabin candle castle "
+    "chair clock coat crown cup curtain desk dish door drum engine fence flag flute garden gate "
+    "hammer harp hat house jar kettle key kite ladder lamp lantern lock mill mirror needle oven "
+    "painting pencil piano pillow pipe plate ring rope saddle shelf ship statue table tower trunk "
+    "wagon well wheel"
+).split()
+PEOPLE = (
+    "farmers sailors children teachers travellers neighbours merchants painters soldiers writers "
+    "singers bakers doctors students gardeners hunters"
+).split()
+VERBS = (
+    "walked waited talked rested worked played laughed slept listened danced gathered wandered "
+    "argued sang hurried stayed"
+).split()
+ADVERBS = (
+    "slowly quietly often together again happily late alone gladly rarely carefully freely"
+).split()
+PLACES = (
+    "river forest market village harbour mountain meadow valley island desert station library "
+    "field coast canyon lake"
+).split()
+TIMES = "morning evening night summer winter autumn spring afternoon".split()
+FILLERS = (
+    "the {people} {verb} {adverb} near the {place}.",
+    "in the {time} some {people} {verb} by the {place}.",
+    "many {people} {verb} {adverb} before the {time}.",
+    "every {time} the {people} {verb} across the {place}.",
+    "nobody knew why the {people} {verb} that {time}.",
+)
+CODE_QUESTIONS = (
+    "what is the code of the {subject}?",
+    "tell me the code of the {subject}.",
+    "and what is the code of the {subject}?",
+    "please say the code of the {subject} again.",
+)
+LINK_QUESTIONS = (
+    "where does the {subject} lead?",
+    "follow the {subject}.",
+)
+NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True)
+class Code:
+    """A needle: a subject and its four digits."""
+
+    subject: str
+    digits: str
+
+    @property
+    def sentence(self) -> str:
+        return f"the code of the {self.subject} is {self.digits}."
+
+    answer = sentence
+
+
+@dataclass(frozen=True)
+class Link:
+    """One hop of a path; the last hop of a path leads nowhere."""
+
+    subject: str
+    target: str
+
+    @property
+    def sentence(self) -> str:
+        where = self.target if self.target == NOWHERE else f"the {self.target}"
+        return f"the {self.subject} leads to {where}."
+
+
+def follow(path: list[Link]) -> str:
+    """The answer to a question for the first subject of a path."""
+    return " ".join(link.sentence for link in path)
+
+
+def subjects(rng: random.Random, count: int) -> list[str]:
+    """Distinct subjects, such as ``blue door``."""
+    picks = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
+    return [f"{ADJECTIVES[i % len(ADJECTIVES)]} {NOUNS[i // len(ADJECTIVES)]}" for i in picks]
+
+
+def codes(rng: random.Random, names: list[str]) -> list[Code]:
+    """A code for every subject."""
+    return [Code(name, f"{rng.randrange(10_000):04d}") for name in names]
+
+
+def path(names: list[str]) -> list[Link]:
+    """Links from each subject to the next, the last to nowhere."""
+    return [Link(a, b) for a, b in zip(names, [*names[1:], NOWHERE], strict=True)]
+
+
+def filler(rng: random.Random) -> Iterator[str]:
+    """Sentences without end that say nothing about any subject."""
+    while True:
+        yield rng.choice(FILLERS).format(
+            people=rng.choice(PEOPLE),
+            verb=rng.choice(VERBS),
+            adverb=rng.choice(ADVERBS),
+            place=rng.choice(PLACES),
+            time=rng.choice(TIMES),
+        )
+
+
+def words() -> list[str]:
+    """Every word that the texts use, once."""
+    lists = (ADJECTIVES, NOUNS, PEOPLE, VERBS, ADVERBS, PLACES, TIMES)
+    glue = " ".join((*FILLERS, *CODE_QUESTIONS, *LINK_QUESTIONS))
+    extra = f"{glue} the code of is leads to {NOWHERE}"
+    found = [w for part in lists for w in part]
+    found += [w.strip(".?") for w in extra.split() if "{" not in w]
+    return sorted(set(found))
