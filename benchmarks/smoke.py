@@ -10,19 +10,17 @@ cached 16K prefix, and decode at 512 tokens, where nothing is evicted.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from arkvale_sglang.cli.launch import Server
+from conditions import conditions
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG, SHORT, NEW, DECODED = 16384, 512, 16, 48
@@ -114,30 +112,15 @@ def measure(stock: Server, ours: Server, rounds: int) -> list[dict]:
     return rows
 
 
-def conditions() -> dict:
-    """Machine, versions and commit that the figures belong to."""
-    cpu = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo") as info:
-        models = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    return {
-        "machine": {"cpu": models[0] if models else cpu, "cores": len(models)},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "sglang")},
-        },
-        "commit": commit,
-        "model": "llama, 4 layers (2 dense under arkvale), 8 heads, 2 KV heads of 64, bfloat16",
-        "flags": {"stock": " ".join(COMMON), "arkvale": " ".join(ARKVALE)},
-    }
-
-
 def record(rounds: int, rows: list[dict]) -> dict:
     """What is written: the figures and all that they belong to."""
-    return {**conditions(), "rounds": rounds, "rows": rows}
+    return {
+        **conditions(),
+        "model": "llama, 4 layers (2 dense under arkvale), 8 heads, 2 KV heads of 64, bfloat16",
+        "flags": {"stock": " ".join(COMMON), "arkvale": " ".join(ARKVALE)},
+        "rounds": rounds,
+        "rows": rows,
+    }
 
 
 def main() -> None:

@@ -36,7 +36,10 @@ def check(result: None, sampling_params: Any, *args: Any, **kwargs: Any) -> None
 
 
 def attach(config: ArkValeConfig) -> Callable[..., Any]:
-    """A hook that keeps each row's settings with the forward batch, if any row has its own."""
+    """A hook that keeps each row's settings with the forward batch, if any row has its own.
+
+    They ride on the batch's sampling information: SGLang copies forward batches field by field.
+    """
 
     def settings_for(request: Any) -> ArkValeConfig:
         try:
@@ -50,7 +53,8 @@ def attach(config: ArkValeConfig) -> Callable[..., Any]:
         result = original(cls, batch, *args, **kwargs)
         settings = [settings_for(request) for request in batch.reqs]
         own = any(each is not config for each in settings)
-        setattr(result, _ATTRIBUTE, settings if own else None)
+        if result.sampling_info is not None:
+            setattr(result.sampling_info, _ATTRIBUTE, settings if own else None)
         return result
 
     return new_batch
@@ -58,5 +62,5 @@ def attach(config: ArkValeConfig) -> Callable[..., Any]:
 
 def settings_of(forward_batch: Any) -> list[ArkValeConfig] | None:
     """Settings of each row, or ``None`` where all rows have the server's."""
-    found: list[ArkValeConfig] | None = getattr(forward_batch, _ATTRIBUTE, None)
+    found: list[ArkValeConfig] | None = getattr(forward_batch.sampling_info, _ATTRIBUTE, None)
     return found

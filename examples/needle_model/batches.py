@@ -103,7 +103,7 @@ class Sequences:
 
     def _listed(self, length: int) -> tuple[list[int], list[int], list[float], list[bool]]:
         """Facts without filler, then the same again in another order: the densest exercise."""
-        names = text.subjects(self.rng, length // 10)
+        names = text.subjects(self.rng, min(length // 10, text.MOST_SUBJECTS))
         codes = text.codes(self.rng, names)
         short = self.rng.random() < 0.5
         said = [self._encode(c.sentence.removeprefix("the code of the") if short else c.sentence) for c in codes]
@@ -157,7 +157,7 @@ class Sequences:
     def _turns(self, length: int) -> tuple[list[Piece], list[text.Code | text.Link]]:
         """Questions with their answers, about half of the tokens; and the facts they need."""
         rng = self.rng
-        names = text.subjects(rng, 5 + length // 16)
+        names = text.subjects(rng, min(5 + length // 16, text.MOST_SUBJECTS))
         hops = rng.randint(2, 6) if length >= 256 else rng.randint(2, 3)
         path = text.path(names[:hops])
         codes = text.codes(rng, names[hops:])

@@ -3,7 +3,7 @@
 Two kinds of fact::
 
     the code of the blue door is 4821.           a needle; asked by its subject
-    the blue door leads to the red gate.         a link; following links moves what matters
+    the neighbour of the blue door is red gate.  a link; following links moves what matters
 
 Everything is drawn from a ``random.Random``, so that a seed names a text.
 """
@@ -29,7 +29,7 @@ NOUNS = (
     "wagon well wheel"
 ).split()
 PEOPLE = (
-    "farmers sailors children teachers travellers neighbours merchants painters soldiers writers "
+    "farmers sailors children teachers travellers strangers merchants painters soldiers writers "
     "singers bakers doctors students gardeners hunters"
 ).split()
 VERBS = (
@@ -58,10 +58,10 @@ CODE_QUESTIONS = (
     "please say the code of the {subject} again.",
 )
 LINK_QUESTIONS = (
-    "where does the {subject} lead?",
-    "follow the {subject}.",
+    "who is the neighbour of the {subject}?",
+    "follow the neighbour of the {subject}.",
 )
-NOWHERE = "nowhere"
+NOBODY = "nobody"
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,14 @@ class Code:
 
 @dataclass(frozen=True)
 class Link:
-    """One hop of a path; the last hop of a path leads nowhere."""
+    """One hop of a path; the last subject of a path has nobody."""
 
     subject: str
     target: str
 
     @property
     def sentence(self) -> str:
-        where = self.target if self.target == NOWHERE else f"the {self.target}"
-        return f"the {self.subject} leads to {where}."
+        return f"the neighbour of the {self.subject} is {self.target}."
 
 
 def follow(path: list[Link]) -> str:
@@ -96,10 +95,13 @@ def follow(path: list[Link]) -> str:
     return " ".join(link.sentence for link in path)
 
 
+MOST_SUBJECTS = min(len(ADJECTIVES), len(NOUNS))
+
+
 def subjects(rng: random.Random, count: int) -> list[str]:
-    """Distinct subjects, such as ``blue door``."""
-    picks = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
-    return [f"{ADJECTIVES[i % len(ADJECTIVES)]} {NOUNS[i // len(ADJECTIVES)]}" for i in picks]
+    """Subjects such as ``blue door`` that share no word; at most ``MOST_SUBJECTS``."""
+    pairs = zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)
+    return [" ".join(pair) for pair in pairs]
 
 
 def codes(rng: random.Random, names: list[str]) -> list[Code]:
@@ -108,8 +110,8 @@ def codes(rng: random.Random, names: list[str]) -> list[Code]:
 
 
 def path(names: list[str]) -> list[Link]:
-    """Links from each subject to the next, the last to nowhere."""
-    return [Link(a, b) for a, b in zip(names, [*names[1:], NOWHERE], strict=True)]
+    """Links from each subject to the next, the last to nobody."""
+    return [Link(a, b) for a, b in zip(names, [*names[1:], NOBODY], strict=True)]
 
 
 def filler(rng: random.Random) -> Iterator[str]:
@@ -128,7 +130,7 @@ def words() -> list[str]:
     """Every word that the texts use, once."""
     lists = (ADJECTIVES, NOUNS, PEOPLE, VERBS, ADVERBS, PLACES, TIMES)
     glue = " ".join((*FILLERS, *CODE_QUESTIONS, *LINK_QUESTIONS))
-    extra = f"{glue} the code of is leads to {NOWHERE}"
+    extra = f"{glue} the code neighbour of is {NOBODY}"
     found = [w for part in lists for w in part]
     found += [w.strip(".?") for w in extra.split() if "{" not in w]
     return sorted(set(found))

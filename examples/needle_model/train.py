@@ -30,15 +30,14 @@ STANDS_FOR = 36_000
 """Tokens of the longest text that a training sequence stands for."""
 EVERY = 50
 """Steps between two lines of the curve."""
-PASS = 0.97
 
 
 @dataclass(frozen=True)
 class Stage:
     """Sequences of one length.
 
-    ``steps`` is the most that a stage takes; the last stage always takes all of its steps, over
-    which the learning rate falls to zero.
+    A stage ends when it finds ``enough`` of its answers, and after ``steps`` at the latest; the last
+    one takes all of its steps, over which the learning rate falls to zero.
     """
 
     length: int
@@ -46,28 +45,27 @@ class Stage:
     drills: float
     far: float
     steps: int
+    enough: float = 1.0
 
 
 STAGES = (
-    Stage(64, 64, 0.75, 0.0, 8000),
-    Stage(128, 32, 0.3, 0.3, 4000),
-    Stage(256, 16, 0.2, 0.5, 4000),
-    Stage(512, 8, 0.1, 0.7, 3000),
-    Stage(1024, 4, 0.0, 0.8, 3000),
-    Stage(2048, 2, 0.0, 0.8, 1500),
-    Stage(4096, 2, 0.0, 0.8, 800),
+    Stage(64, 64, drills=0.75, far=0.0, steps=8000, enough=0.97),
+    Stage(128, 32, drills=0.3, far=0.3, steps=2500, enough=0.95),
+    Stage(256, 16, drills=0.3, far=0.5, steps=1500, enough=0.95),
+    Stage(512, 8, drills=0.25, far=0.6, steps=1000, enough=0.95),
+    Stage(1024, 4, drills=0.0, far=0.7, steps=800, enough=0.97),
+    Stage(2048, 4, drills=0.0, far=0.7, steps=600),
 )
-import os
-PEAK_RATE, WARMUP, WEIGHT_DECAY, CLIP = float(os.environ.get("LR","2e-3")), 100, 0.01, 1.0
+PEAK_RATE, WARMUP, WEIGHT_DECAY, CLIP = 2e-3, 100, 0.01, 1.0
 
 
 def new_model(vocabulary: int) -> LlamaForCausalLM:
     """A Llama of 2.6 M parameters; the large RoPE base leaves half of each head free of position."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=int(os.environ.get('D','256')),
-        intermediate_size=2*int(os.environ.get('D','256')),
-        num_hidden_layers=int(os.environ.get('L','4')),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -133,7 +131,7 @@ class Trainer:
             self.seconds += time.monotonic() - begin
             self._log(stage, losses / EVERY, right / max(1, asked))
             last = self.stage == len(STAGES) - 1
-            if self.step_in_stage >= stage.steps or (right >= PASS * asked and not last):
+            if self.step_in_stage >= stage.steps or (right >= stage.enough * asked and not last):
                 self.stage, self.step_in_stage = self.stage + 1, 0
             self._save()
 

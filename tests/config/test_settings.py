@@ -195,3 +195,31 @@ def test_a_mapping_takes_none_for_the_default_and_refuses_unknown_names():
 def test_the_choices_are_those_the_ops_know():
     """Settings import nothing of the kernels, so the lists are written twice."""
     assert DIGESTS == DIGEST_KINDS and HEAD_REDUCES == OP_HEAD_REDUCES
+
+
+def test_a_request_may_set_its_own_budget_and_rule():
+    server = ArkValeConfig(budget=2048, top_k=1024)
+    assert server.for_request(None) is server
+    own = server.for_request({"budget": 512, "selection": "h2o"})
+    assert (own.budget, own.top_k, own.selection) == (512, 512, "h2o")
+    assert own.must_pages == own.budget_pages - own.sink_pages - own.window_pages
+    assert dataclasses.replace(own, budget=2048, top_k=1024, selection="recall") == server
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (3, "is 3; make it an object"),
+        ({"page_size": 16}, "'page_size', which no request can set; use any of budget"),
+        ({"budget": "many"}, r"\['budget'\] is 'many'; give it a whole number"),
+        ({"budget": True}, r"\['budget'\] is True; give it a whole number"),
+        ({"budget": 4096}, "4096 tokens, but this server was started with --arkvale-budget 2048"),
+        ({"budget": 96}, "leaves no page to choose"),
+        ({"top_k": 0}, "must be at least 1"),
+        ({"selection": "lru"}, "'lru' is unknown; choose one of recall, streaming, snapkv, h2o"),
+        ({"head_reduce": 1}, r"\['head_reduce'\] is 1; give it a name"),
+    ],
+)
+def test_nonsense_from_a_request_is_refused_in_a_sentence(wishes, message):
+    with pytest.raises(ArkValeError, match=message):
+        ArkValeConfig(budget=2048).for_request(wishes)

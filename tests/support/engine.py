@@ -83,6 +83,8 @@ class FakeEngine:
         self.keys, self.values = np.zeros(shape), np.zeros(shape)
         self.random = torch.Generator().manual_seed(seed)
         self.steps: list[Step] = []
+        self.prompt_queries: dict[tuple[int, int], np.ndarray] = {}
+        """``[tokens, query heads, head_dim]`` of each row's latest chunk, by layer and row."""
 
     # -- the engine's bookkeeping ------------------------------------------------------------
 
@@ -162,7 +164,7 @@ class FakeEngine:
         )
         return keys, values
 
-    def extend(self, chunks: dict[int, int]) -> float:
+    def extend(self, chunks: dict[int, int], settings: list[ArkValeConfig] | None = None) -> float:
         """Prefill ``{row: tokens}`` in one pass; returns the largest error against dense."""
         rows = list(chunks)
         prefixes = [self.rows[row].tokens for row in rows]
@@ -172,7 +174,7 @@ class FakeEngine:
             new_slots.append(self.slots[row, prefix : prefix + chunks[row]].long())
         step = prefill.plan_extend(
             self.cache, self.slots, torch.tensor(rows), torch.cat(new_slots), prefixes,
-            list(chunks.values()),
+            list(chunks.values()), settings,
         )  # fmt: skip
         worst, total = 0.0, sum(chunks.values())
         for layer in range(self.geometry.layers):
@@ -188,6 +190,7 @@ class FakeEngine:
             for row, prefix in zip(rows, prefixes, strict=True):
                 stop = start + chunks[row]
                 self._remember(layer, row, prefix, k[start:stop], v[start:stop])
+                self.prompt_queries[layer, row] = query[start:stop].double().numpy()
                 keys, values = self.truth(layer, row)
                 expected = oracle.causal_attention(
                     query[start:stop].double().numpy(), keys, values, prefix, self.scaling
@@ -196,14 +199,14 @@ class FakeEngine:
                 start = stop
         return worst
 
-    def decode(self, rows: list[int]) -> float:
+    def decode(self, rows: list[int], settings: list[ArkValeConfig] | None = None) -> float:
         """One token for every row; returns the largest error against attention over what was
         chosen, and appends to :attr:`steps`."""
         for row in rows:
             self._grow(row, 1)
         lengths = [self.rows[row].tokens for row in rows]
         step = decode.plan_decode(
-            self.cache, self.slots, torch.tensor(rows), torch.tensor(lengths), lengths
+            self.cache, self.slots, torch.tensor(rows), torch.tensor(lengths), lengths, settings
         )
         worst = 0.0
         for layer in range(self.geometry.layers):

@@ -1,0 +1,132 @@
+"""Rules that are compared, the servers they run on, and how an episode is held with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from arkvale_sglang.cli.launch import Server
+from quality.tasks import Episode
+
+CONTEXT = 36_864
+ANSWER_TOKENS = 16
+SPARE_TOKENS = 288
+"""Frames beyond the budget: the open page, a chunk in prefill, and what admission keeps free."""
+COMMON = [
+    "--dtype", "float32", "--random-seed", "0", "--log-level", "warning", "--sleep-on-idle",
+    "--kv-policy", "arkvale", "--arkvale-dense-layers", "0", "--arkvale-host-memory", "1",
+    "--chunked-prefill-size", "4096",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One way to choose pages; everything else is the same for all."""
+
+    name: str
+    """As tables show it."""
+    budget: int = 0
+    """Tokens; 0 attends to everything."""
+    selection: str = "recall"
+    digest: str = "cuboid-mean"
+    groups: int = 1
+    head_reduce: str = "mean"
+    top_k: int | None = None
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """What requests carry."""
+        if not self.budget:
+            return {}
+        wishes: dict[str, Any] = {
+            "budget": self.budget, "selection": self.selection, "head_reduce": self.head_reduce,
+        }  # fmt: skip
+        return wishes if self.top_k is None else {**wishes, "top_k": self.top_k}
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Flags of the server it runs on; rules with equal flags share a server.
+
+        Recall has frames for its budget alone.  Rules that drop never need what they dropped, so
+        they run where everything fits, beside full attention.
+        """
+        layout = ("--arkvale-digest", self.digest, "--arkvale-head-groups", str(self.groups))
+        if not self.budget or self.selection != "recall":
+            return (*layout, "--arkvale-budget", str(CONTEXT))
+        frames = str(self.budget + SPARE_TOKENS)
+        return (*layout, "--arkvale-budget", str(self.budget), "--arkvale-device-tokens", frames)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a rule scored on one task."""
+
+    asked: int = 0
+    right: int = 0
+    steps: int = 0
+    recalled: int = 0
+    bytes_recalled: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
+class Examiner:
+    """Holds episodes with one server."""
+
+    def __init__(self, server: Server, tokenizer: PreTrainedTokenizerBase):
+        self._server, self._tokenizer = server, tokenizer
+
+    def hold(self, episode: Episode, rule: Rule, tally: Tally) -> None:
+        """Ask all turns of an episode and add the score of those that count."""
+        messages: list[dict[str, str]] = []
+        for turn in episode.turns:
+            messages.append({"role": "user", "content": turn.message})
+            before = self._counters() if turn.expected else None
+            answer, tokens = self._ask(messages, rule, max(1, len(turn.expected)) * ANSWER_TOKENS)
+            messages.append({"role": "assistant", "content": answer})
+            tally.asked += len(turn.expected)
+            tally.right += sum(item in answer for item in turn.expected)
+            if before is not None:
+                after = self._counters()
+                grown = {name: after[name] - before[name] for name in before}
+                tally.steps += tokens
+                tally.recalled += grown["pages_recalled"]
+                tally.bytes_recalled += grown["bytes_recalled"]
+                tally.hits += grown["page_hits"]
+                tally.misses += grown["page_misses"]
+
+    def _counters(self) -> dict[str, int]:
+        report = self._server.arkvale()
+        names = ("pages_recalled", "bytes_recalled", "page_hits", "page_misses")
+        return {name: report[name] for name in names}
+
+    def _ask(self, messages: list[dict[str, str]], rule: Rule, most: int) -> tuple[str, int]:
+        prompt = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        tokens = self._tokenizer.encode(prompt, add_special_tokens=False)
+        sampling = {"temperature": 0, "max_new_tokens": most}
+        if rule.wishes:
+            sampling["custom_params"] = {"arkvale": rule.wishes}
+        answer = self._server.post(
+            "/generate", {"input_ids": tokens, "sampling_params": sampling}
+        )
+        return answer["text"], answer["meta_info"]["completion_tokens"]
+
+
+def by_server(rules: Sequence[Rule]) -> dict[tuple[str, ...], list[Rule]]:
+    """Rules by the flags of the server they share."""
+    groups: dict[tuple[str, ...], list[Rule]] = {}
+    for rule in rules:
+        groups.setdefault(rule.flags, []).append(rule)
+    return groups
+
+
+def start(model: Path, flags: Sequence[str]) -> Iterator[Server]:
+    """A server under these flags."""
+    with Server(model, [*COMMON, *flags]) as server:
+        yield server

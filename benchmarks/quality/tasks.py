@@ -1,0 +1,129 @@
+"""What is asked: chats whose answers stand somewhere in a long context.
+
+* ``passkey``: one fact in filler, at a depth (ArkVale, Table 1);
+* ``needle``: many facts, one asked;
+* ``sequence``: the same, several asked one after the other in one chat;
+* ``path``: facts that lead to one another, followed within one answer, so that what matters moves
+  while decoding (ArkVale, Figure 4a) and cannot be known when decoding starts;
+* ``chat``: many turns, facts of the first asked at the end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from needle_model import text
+
+PASSKEY_LENGTHS = (10_000, 20_000, 30_000)
+HAYSTACK = 16_000
+CODES, PATHS, HOPS = 48, 6, 5
+QUESTION_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message and what its answer must say, each item counted for itself."""
+
+    message: str
+    expected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A chat from its beginning; turns without expectations are not counted."""
+
+    task: str
+    length: int
+    depth: float
+    """Share of the context before the fact; -1 where many facts are spread."""
+    turns: tuple[Turn, ...]
+
+
+class Writer:
+    """Writes contexts of a given number of tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._sizes: dict[str, int] = {}
+
+    def size(self, sentence: str) -> int:
+        """Tokens of a sentence."""
+        if sentence not in self._sizes:
+            self._sizes[sentence] = len(self._tokenizer.encode(sentence, add_special_tokens=False))
+        return self._sizes[sentence]
+
+    def context(
+        self, rng: random.Random, tokens: int, facts: Sequence[tuple[float, str]]
+    ) -> str:
+        """Filler of ``tokens`` tokens with each fact where its share of them has passed."""
+        waiting = sorted(facts)
+        lines: list[str] = []
+        written = 0
+        for line in text.filler(rng):
+            while waiting and written >= waiting[0][0] * tokens:
+                fact = waiting.pop(0)[1]
+                lines.append(fact)
+                written += self.size(fact)
+            if written >= tokens:
+                break
+            lines.append(line)
+            written += self.size(line)
+        lines += [fact for _, fact in waiting]
+        return " ".join(lines)
+
+
+def _question(code: text.Code) -> Turn:
+    return Turn(text.CODE_QUESTIONS[0].format(subject=code.subject), (code.digits,))
+
+
+def _after(context: str, turn: Turn) -> Turn:
+    return Turn(f"{context} {turn.message}", turn.expected)
+
+
+def passkey(writer: Writer, length: int, depths: Sequence[float], seed: int) -> Iterator[Episode]:
+    """One fact at each depth of the same filler, deepest first: what stands before is shared."""
+    for depth in sorted(depths, reverse=True):
+        rng = random.Random(seed)
+        code = text.codes(rng, text.subjects(rng, 1))[0]
+        context = writer.context(rng, length - QUESTION_TOKENS, [(depth, code.sentence)])
+        yield Episode("passkey", length, depth, (_after(context, _question(code)),))
+
+
+def many(writer: Writer, seed: int, asked: int) -> Iterator[Episode]:
+    """Tasks over one context of codes and paths: ``needle``, ``sequence`` and ``path``."""
+    rng = random.Random(seed)
+    names = text.subjects(rng, CODES + PATHS * (HOPS + 1))
+    codes = text.codes(rng, names[:CODES])
+    rest = names[CODES:]
+    paths = [text.path(rest[i :: PATHS]) for i in range(PATHS)]
+    facts = [*codes, *(link for path in paths for link in path)]
+    spread = [(rng.random(), fact.sentence) for fact in facts]
+    context = writer.context(rng, HAYSTACK - QUESTION_TOKENS, spread)
+    for code in rng.sample(codes, asked):
+        yield Episode("needle", HAYSTACK, -1, (_after(context, _question(code)),))
+    for _ in range(2):
+        first, *others = rng.sample(codes, asked // 2)
+        turns = (_after(context, _question(first)), *map(_question, others))
+        yield Episode("sequence", HAYSTACK, -1, turns)
+    for path in paths:
+        hops = tuple(link.sentence for link in path)
+        question = text.LINK_QUESTIONS[0].format(subject=path[0].subject)
+        yield Episode("path", HAYSTACK, -1, (_after(context, Turn(question, hops)),))
+
+
+def chat(writer: Writer, seed: int, turns: int = 16, tokens: int = 700) -> Iterator[Episode]:
+    """Facts and small talk in every turn; at the end the first turn's facts are asked."""
+    rng = random.Random(seed)
+    codes = text.codes(rng, text.subjects(rng, 4 + turns))
+    early, later = codes[:4], codes[4:]
+    said: list[Turn] = []
+    for number, code in enumerate(later):
+        facts = [(rng.random(), fact.sentence) for fact in ([code, *early] if not number else [code])]
+        context = writer.context(rng, tokens, facts)
+        said.append(Turn(_after(context, _question(code)).message, ()))
+    said += map(_question, early)
+    yield Episode("chat", turns * tokens, -1, tuple(said))
