@@ -101,7 +101,9 @@ def measure(
             for task in chosen:
                 held = episodes(task, writer, full)
                 for length in sorted({episode.length for episode in held}):
-                    for depth in sorted({e.depth for e in held if e.length == length}, reverse=True):
+                    for depth in sorted(
+                        {e.depth for e in held if e.length == length}, reverse=True
+                    ):
                         some = [e for e in held if (e.length, e.depth) == (length, depth)]
                         for rule in (r for r in rules if task in asked_of[r]):
                             tally = Tally()

@@ -112,9 +112,7 @@ class Examiner:
         sampling = {"temperature": 0, "max_new_tokens": most}
         if rule.wishes:
             sampling["custom_params"] = {"arkvale": rule.wishes}
-        answer = self._server.post(
-            "/generate", {"input_ids": tokens, "sampling_params": sampling}
-        )
+        answer = self._server.post("/generate", {"input_ids": tokens, "sampling_params": sampling})
         return answer["text"], answer["meta_info"]["completion_tokens"]
 
 

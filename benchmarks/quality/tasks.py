@@ -20,7 +20,7 @@ from needle_model import text
 
 PASSKEY_LENGTHS = (10_000, 20_000, 30_000)
 HAYSTACK = 16_000
-CODES, PATHS, HOPS = 48, 6, 5
+CODES, PATHS, HOPS = 27, 6, 5
 QUESTION_TOKENS = 24
 
 
@@ -56,9 +56,7 @@ class Writer:
             self._sizes[sentence] = len(self._tokenizer.encode(sentence, add_special_tokens=False))
         return self._sizes[sentence]
 
-    def context(
-        self, rng: random.Random, tokens: int, facts: Sequence[tuple[float, str]]
-    ) -> str:
+    def context(self, rng: random.Random, tokens: int, facts: Sequence[tuple[float, str]]) -> str:
         """Filler of ``tokens`` tokens with each fact where its share of them has passed."""
         waiting = sorted(facts)
         lines: list[str] = []
@@ -99,7 +97,7 @@ def many(writer: Writer, seed: int, asked: int) -> Iterator[Episode]:
     names = text.subjects(rng, CODES + PATHS * (HOPS + 1))
     codes = text.codes(rng, names[:CODES])
     rest = names[CODES:]
-    paths = [text.path(rest[i :: PATHS]) for i in range(PATHS)]
+    paths = [text.path(rest[i::PATHS]) for i in range(PATHS)]
     facts = [*codes, *(link for path in paths for link in path)]
     spread = [(rng.random(), fact.sentence) for fact in facts]
     context = writer.context(rng, HAYSTACK - QUESTION_TOKENS, spread)
@@ -122,7 +120,9 @@ def chat(writer: Writer, seed: int, turns: int = 16, tokens: int = 700) -> Itera
     early, later = codes[:4], codes[4:]
     said: list[Turn] = []
     for number, code in enumerate(later):
-        facts = [(rng.random(), fact.sentence) for fact in ([code, *early] if not number else [code])]
+        facts = [
+            (rng.random(), fact.sentence) for fact in ([code, *early] if not number else [code])
+        ]
         context = writer.context(rng, tokens, facts)
         said.append(Turn(_after(context, _question(code)).message, ()))
     said += map(_question, early)

@@ -1,1 +1,1 @@
-"""A small model that finds facts anywhere in a long context: words, tokenizer, training, weights."""
+"""A small model that finds facts anywhere in a long context: words, training, weights."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from needle_model import text
 from needle_model.tokenizer import ASSISTANT, BEGIN, END, USER
 
+Fact = text.Code | text.Link
 NEAR = 64
 """Keys nearer than this weigh once: what lies just before a token is there only once."""
 MOST_GAPS = 8
@@ -106,7 +107,10 @@ class Sequences:
         names = text.subjects(self.rng, min(length // 10, text.MOST_SUBJECTS))
         codes = text.codes(self.rng, names)
         short = self.rng.random() < 0.5
-        said = [self._encode(c.sentence.removeprefix("the code of the") if short else c.sentence) for c in codes]
+        said = [
+            self._encode(c.sentence.removeprefix("the code of the") if short else c.sentence)
+            for c in codes
+        ]
         while sum(map(len, said)) > length // 2:
             said.pop()
         tokens, targets = [token for line in said for token in line], []
@@ -123,8 +127,8 @@ class Sequences:
         total = length
         if far:
             total = int(length * (self._context / length) ** self.rng.random())
-        turns, facts = self._turns(length)
-        body = self._body(facts, length - 2 - sum(len(piece.tokens) for piece in turns))
+        turns, needed, others = self._turns(length)
+        body = self._body(needed, others, length - 2 - sum(len(piece.tokens) for piece in turns))
         pieces = [Piece(self._encode(BEGIN + USER)), *body, *turns]
         positions, weights = self._stretch(pieces, len(body), total - length)
         return (
@@ -154,21 +158,21 @@ class Sequences:
             at += len(piece.tokens) + gap
         return positions, weights
 
-    def _turns(self, length: int) -> tuple[list[Piece], list[text.Code | text.Link]]:
-        """Questions with their answers, about half of the tokens; and the facts they need."""
+    def _turns(self, length: int) -> tuple[list[Piece], list[Fact], list[Fact]]:
+        """Questions with their answers, the facts they need, and facts nobody asks for."""
         rng = self.rng
         names = text.subjects(rng, min(5 + length // 16, text.MOST_SUBJECTS))
         hops = rng.randint(2, 6) if length >= 256 else rng.randint(2, 3)
         path = text.path(names[:hops])
         codes = text.codes(rng, names[hops:])
         turns: list[Piece] = []
-        needed: dict[str, text.Code | text.Link] = {}
+        needed: dict[str, Fact] = {}
         used = 0
         while True:
             if length >= 128 and rng.random() < 0.3:
                 start = rng.randrange(hops - 1)
-                wanted: list[text.Code | text.Link] = [*path[start:]]
-                facts: list[text.Code | text.Link] = [*path]
+                wanted: list[Fact] = [*path[start:]]
+                facts: list[Fact] = [*path]
                 question = rng.choice(text.LINK_QUESTIONS)
             else:
                 wanted = facts = [rng.choice(codes)]
@@ -186,16 +190,16 @@ class Sequences:
             used += cost
             turns += said
             needed |= more
-        return turns, [*needed.values(), *(c for c in codes if c.subject not in needed)]
+        return turns, [*needed.values()], [c for c in codes if c.subject not in needed]
 
-    def _body(self, facts: list[text.Code | text.Link], room: int) -> list[Piece]:
-        """Facts, the needed ones first to be placed, and filler: ``room`` tokens, shuffled."""
-        pieces: list[Piece] = []
-        most = room * (1 if self.rng.random() < 0.3 else self.rng.random())
-        free = room
-        for fact in facts:
+    def _body(self, needed: list[Fact], others: list[Fact], room: int) -> list[Piece]:
+        """The needed facts, some others and filler: ``room`` tokens, shuffled."""
+        pieces = [Piece(self._encode(fact.sentence)) for fact in needed]
+        free = room - sum(len(piece.tokens) for piece in pieces)
+        least = 0 if self.rng.random() < 0.3 else int(free * self.rng.random())
+        for fact in others:
             tokens = self._encode(fact.sentence)
-            if len(tokens) > free or (room - free > most and pieces):
+            if free - len(tokens) < least:
                 break
             pieces.append(Piece(tokens))
             free -= len(tokens)

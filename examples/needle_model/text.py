@@ -14,36 +14,41 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-ADJECTIVES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ADJECTIVES = _words(
     "amber ancient bitter black blue brass bright broken bronze brown calm clever cold copper "
     "crimson crooked curved dark deep dry dusty eager early empty faded fancy fast gentle giant "
     "glass golden grand green grey heavy hidden hollow icy iron ivory jade lazy little loud lucky "
     "marble merry modern narrow noisy orange pale pink plain proud purple quick quiet red round "
     "rusty secret silver"
-).split()
-NOUNS = (
+)
+NOUNS = _words(
     "anchor apple arrow barrel basket bell boat bottle bridge bucket button cabin candle castle "
     "chair clock coat crown cup curtain desk dish door drum engine fence flag flute garden gate "
     "hammer harp hat house jar kettle key kite ladder lamp lantern lock mill mirror needle oven "
     "painting pencil piano pillow pipe plate ring rope saddle shelf ship statue table tower trunk "
     "wagon well wheel"
-).split()
-PEOPLE = (
+)
+PEOPLE = _words(
     "farmers sailors children teachers travellers strangers merchants painters soldiers writers "
     "singers bakers doctors students gardeners hunters"
-).split()
-VERBS = (
+)
+VERBS = _words(
     "walked waited talked rested worked played laughed slept listened danced gathered wandered "
     "argued sang hurried stayed"
-).split()
-ADVERBS = (
+)
+ADVERBS = _words(
     "slowly quietly often together again happily late alone gladly rarely carefully freely"
-).split()
-PLACES = (
+)
+PLACES = _words(
     "river forest market village harbour mountain meadow valley island desert station library "
     "field coast canyon lake"
-).split()
-TIMES = "morning evening night summer winter autumn spring afternoon".split()
+)
+TIMES = _words("morning evening night summer winter autumn spring afternoon")
 FILLERS = (
     "the {people} {verb} {adverb} near the {place}.",
     "in the {time} some {people} {verb} by the {place}.",
@@ -73,6 +78,7 @@ class Code:
 
     @property
     def sentence(self) -> str:
+        """As it stands in a text, and as it is answered."""
         return f"the code of the {self.subject} is {self.digits}."
 
     answer = sentence
@@ -87,6 +93,7 @@ class Link:
 
     @property
     def sentence(self) -> str:
+        """As it stands in a text, and as it is answered."""
         return f"the neighbour of the {self.subject} is {self.target}."
 
 

@@ -36,8 +36,8 @@ EVERY = 50
 class Stage:
     """Sequences of one length.
 
-    A stage ends when it finds ``enough`` of its answers, and after ``steps`` at the latest; the last
-    one takes all of its steps, over which the learning rate falls to zero.
+    A stage ends when it finds ``enough`` of its answers, and after ``steps`` at the latest; the
+    last one takes all of its steps, over which the learning rate falls to zero.
     """
 
     length: int
@@ -60,7 +60,7 @@ PEAK_RATE, WARMUP, WEIGHT_DECAY, CLIP = 2e-3, 100, 0.01, 1.0
 
 
 def new_model(vocabulary: int) -> LlamaForCausalLM:
-    """A Llama of 2.6 M parameters; the large RoPE base leaves half of each head free of position."""
+    """A Llama of 0.7 M parameters, whose large RoPE base leaves half of a head free of position."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=128,
@@ -108,7 +108,11 @@ class Trainer:
         self.tokenizer = build_tokenizer(CONTEXT)
         self.model = new_model(len(self.tokenizer))
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98), fused=True
+            self.model.parameters(),
+            lr=PEAK_RATE,
+            weight_decay=WEIGHT_DECAY,
+            betas=(0.9, 0.98),
+            fused=True,
         )
         self.sequences = Sequences(self.tokenizer, STANDS_FOR, seed)
         self.stage = self.step = self.step_in_stage = 0

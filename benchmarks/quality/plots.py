@@ -1,0 +1,115 @@
+"""The plots of ``docs/quality.md``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from quality import report
+
+Row = dict[str, Any]
+
+
+def draw(rows: list[Row], overlaps: list[Row], docs: Path) -> None:
+    """Write all plots under ``docs/images``."""
+    folder = docs / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    _moving(rows, folder / "quality_moving.png")
+    _passkey(rows, folder / "quality_passkey.png")
+    _recalls(rows, folder / "quality_recalls.png")
+    _overlap(overlaps, folder / "quality_overlap.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    # Without the versions that matplotlib writes into a file, equal figures are equal bytes.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _shares(rows: list[Row]) -> tuple[float, float, float]:
+    """Per cent right, and how far the confidence interval reaches below and above."""
+    right, asked = report.total(rows, "right", "asked")
+    low, high = report.wilson(right, asked)
+    share = right / max(1, asked)
+    return 100 * share, 100 * max(0.0, share - low), 100 * max(0.0, high - share)
+
+
+def _moving(rows: list[Row], path: Path) -> None:
+    rules = report._rules([r for r in rows if r["task"] in report.MOVING], report.MAIN)
+    figure, axes = plt.subplots(figsize=(10, 4))
+    width = 0.8 / max(1, len(rules))
+    for number, rule in enumerate(rules):
+        own = [
+            _shares([r for r in report._of(rows, rule) if r["task"] == t]) for t in report.MOVING
+        ]
+        axes.bar(
+            [place + number * width for place in range(len(own))],
+            [share for share, _, _ in own],
+            width,
+            yerr=[[low for _, low, _ in own], [high for _, _, high in own]],
+            label=f"{rule[0]} {rule[1] or ''}",
+        )
+    axes.set_xticks([place + 0.4 for place in range(len(report.MOVING))], report.MOVING)
+    axes.set_ylabel("right answers, %")
+    axes.legend(fontsize=7, ncols=4)
+    _save(figure, path)
+
+
+def _passkey(rows: list[Row], path: Path) -> None:
+    rows = [row for row in rows if row["task"] == "passkey"]
+    lengths = sorted({row["length"] for row in rows})
+    figure, panels = plt.subplots(1, len(lengths), figsize=(12, 3.5), sharey=True, squeeze=False)
+    for axes, length in zip(panels[0], lengths, strict=True):
+        for rule in report._rules(rows, report.MAIN):
+            own = [row for row in report._of(rows, rule) if row["length"] == length]
+            depths = sorted({row["depth"] for row in own})
+            shares = [_shares([r for r in own if r["depth"] == depth])[0] for depth in depths]
+            axes.plot(
+                [100 * depth for depth in depths], shares, marker=".",
+                label=f"{rule[0]} {rule[1] or ''}",
+            )  # fmt: skip
+        axes.set_title(f"{length:,} tokens")
+        axes.set_xlabel("depth of the passkey, %")
+    panels[0][0].set_ylabel("right answers, %")
+    panels[0][-1].legend(fontsize=6)
+    _save(figure, path)
+
+
+def _recalls(rows: list[Row], path: Path) -> None:
+    rows = [row for row in rows if row["name"] == "top-k"]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for budget in sorted({row["budget"] for row in rows}):
+        own = sorted((r for r in rows if r["budget"] == budget), key=lambda row: row["top_k"])
+        axes.plot(
+            [row["top_k"] for row in own],
+            [row["recalled"] / max(1, row["steps"]) for row in own],
+            marker=".",
+            label=f"capacity {budget}",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("guaranteed top-k, tokens")
+    axes.set_ylabel("pages recalled per step, all layers")
+    axes.legend()
+    _save(figure, path)
+
+
+def _overlap(rows: list[Row], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for digest in dict.fromkeys(row["digest"] for row in rows):
+        own = [row for row in rows if (row["digest"], row["head_reduce"]) == (digest, "mean")]
+        points = sorted({row["k"] for row in own})
+        means = []
+        for k in points:
+            values = [row["overlap"] for row in own if row["k"] == k]
+            means.append(sum(values) / len(values))
+        axes.plot(points, means, label=digest)
+    axes.set_xlabel("k, pages")
+    axes.set_ylabel("overlap of true and estimated top-k pages")
+    axes.legend()
+    _save(figure, path)

@@ -1,0 +1,104 @@
+"""The needle model's texts and training sequences say what they are meant to say."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from needle_model import text
+from needle_model.batches import NEAR, Sequences
+from needle_model.tokenizer import ASSISTANT, END, build_tokenizer
+from needle_model.train import STANDS_FOR, found, new_model
+
+LENGTHS = (64, 128, 512)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(4096)
+
+
+def test_words_are_one_token_and_codes_two(tokenizer):
+    for word in text.words():
+        assert len(tokenizer.encode(word)) == 1, word
+    for code in ("0000", "4821", "9999"):
+        assert len(tokenizer.encode(code)) == 2
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    said = "The code of the blue  door is 4821.\nÜber 12345 apples!"
+    assert tokenizer.decode(tokenizer.encode(said)) == (
+        " the code of the blue door is 4821. über 12345 apples!"
+    )
+
+
+def test_subjects_share_no_word():
+    names = text.subjects(random.Random(0), text.MOST_SUBJECTS)
+    for place in (0, 1):
+        assert len({name.split()[place] for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_answer_stands_in_the_text_before_its_question(tokenizer, length):
+    batch = Sequences(tokenizer, STANDS_FOR, 0).batch(16, length, drills=0.0, far=0.5)
+    end = tokenizer.convert_tokens_to_ids(END)
+    for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+        said = tokenizer.decode(tokens[~targets])
+        answers = tokenizer.decode(tokens[targets]).split(END)[:-1]
+        assert answers and said.count(ASSISTANT) == len(answers)
+        assert int((tokens[targets] == end).sum()) == len(answers)
+        for answer in answers:
+            for sentence in answer.strip().split(". "):
+                assert sentence.rstrip(".") in said
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_far_sequences_stand_for_longer_texts(tokenizer, length):
+    batch = Sequences(tokenizer, STANDS_FOR, 1).batch(32, length, drills=0.0, far=1.0)
+    steps = batch.positions.diff(dim=1)
+    assert (steps >= 1).all() and (steps > 1).any()
+    last = batch.positions[:, -1]
+    assert last.max() < STANDS_FOR and last.float().log().std() > 0.5
+    weighed = batch.weights.exp().sum(1)
+    has_filler = batch.weights.max(1).values > 0
+    assert has_filler.any()
+    torch.testing.assert_close(
+        weighed[has_filler], (last[has_filler] + 1).float(), rtol=1e-3, atol=0
+    )
+
+
+def test_the_mask_weighs_far_filler_and_hides_the_future(tokenizer):
+    batch = Sequences(tokenizer, STANDS_FOR, 2).batch(4, 256, drills=0.0, far=1.0)
+    mask = batch.mask(torch.float32)
+    assert mask.shape == (4, 1, 256, 256)
+    ahead = torch.arange(256)[:, None] - torch.arange(256)
+    assert torch.isneginf(mask[:, 0][:, ahead < 0]).all()
+    assert (mask[:, 0][:, (ahead >= 0) & (ahead < NEAR)] == 0).all()
+    torch.testing.assert_close(mask[:, 0, -1, :100], batch.weights[:, :100])
+
+
+def test_drills_say_everything_twice(tokenizer):
+    batch = Sequences(tokenizer, STANDS_FOR, 3).batch(12, 64, drills=1.0, far=0.0)
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets, strict=True):
+        assert targets.any()
+        first = int(targets.nonzero()[0])
+        wanted = {tokens[i] for i in targets.nonzero().flatten().tolist()}
+        assert wanted <= set(tokens[:first])
+
+
+def test_an_answer_counts_when_all_of_it_is_right(tokenizer):
+    batch = Sequences(tokenizer, STANDS_FOR, 4).batch(8, 128, drills=0.0, far=0.0)
+    wanted = batch.targets[:, 1:]
+    truth = torch.nn.functional.one_hot(batch.tokens[:, 1:][wanted], len(tokenizer)).float()
+    right, asked = found(truth, batch, wanted)
+    assert right == asked == sum(int((row[1:] & ~row[:-1]).sum()) for row in batch.targets)
+    truth[0] = 0
+    truth[0, 7] = 1
+    assert found(truth, batch, wanted) == (asked - 1, asked)
+
+
+def test_the_model_is_small_enough_to_commit(tokenizer):
+    model = new_model(len(tokenizer))
+    assert sum(weight.numel() for weight in model.parameters()) * 2 < 10 * 2**20

@@ -1,0 +1,84 @@
+"""The quality harness asks what it means to ask, and its page holds only what was measured."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from needle_model.tokenizer import build_tokenizer
+from quality import report, tasks
+from quality.__main__ import plans
+from quality.servers import CONTEXT, Rule, by_server
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return tasks.Writer(build_tokenizer(CONTEXT))
+
+
+@pytest.mark.parametrize("length", [1000, 10_000])
+def test_a_context_has_its_length_and_its_facts_where_they_belong(writer, length):
+    facts = [(depth, f"the code of the blue door is {int(depth * 100):04d}.") for depth in (0, 0.5)]
+    context = writer.context(random.Random(0), length, facts)
+    size = writer.size(context)
+    assert length <= size < length + 40
+    for depth, fact in facts:
+        before = context[: context.index(fact)].strip()
+        place = writer.size(before) if before else 0
+        assert place == pytest.approx(depth * length, abs=40)
+
+
+def test_passkeys_differ_by_their_place_alone(writer):
+    episodes = list(tasks.passkey(writer, 1000, [0.0, 0.5, 0.95], seed=3))
+    assert [episode.depth for episode in episodes] == [0.95, 0.5, 0.0]
+    sentences = [sorted(e.turns[0].message.split(".")) for e in episodes]
+    assert len({tuple(s.strip() for s in each if s) for each in sentences}) <= 3
+    assert len({episode.turns[0].expected for episode in episodes}) == 1
+
+
+def test_every_expected_answer_stands_in_the_chat(writer):
+    episodes = [*tasks.many(writer, 0, asked=4), *tasks.chat(writer, 0)]
+    assert {e.task for e in episodes} == {"needle", "sequence", "path", "chat"}
+    for episode in episodes:
+        said = " ".join(turn.message for turn in episode.turns)
+        for turn in episode.turns:
+            assert all(item in said for item in turn.expected)
+
+
+def test_rules_of_equal_servers_share_one():
+    full, h2o, recall = Rule("full"), Rule("h2o", 512, "h2o"), Rule("arkvale", 512)
+    reduced = Rule("max", 512, head_reduce="max")
+    groups = by_server([full, h2o, recall, reduced])
+    assert list(groups.values()) == [[full, h2o], [recall, reduced]]
+    assert full.wishes == {} and h2o.wishes["selection"] == "h2o"
+
+
+def test_the_plan_compares_every_digest_group_and_reduction():
+    rules = [plan.rule for plan in plans(full=False)]
+    assert len(set(rules)) == len(rules)
+    assert {rule.digest for rule in rules} == {
+        "cuboid-mean", "cuboid-max", "cuboid-center", "mean-std",
+    }  # fmt: skip
+    assert {rule.head_reduce for rule in rules} == {"mean", "max", "softmax-mean"}
+    assert {rule.groups for rule in rules} == {1, 2}
+    assert {rule.selection for rule in rules} == {"recall", "streaming", "snapkv", "h2o"}
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (0, 0, 0.0, 1.0)],
+)
+def test_confidence_intervals_are_wilsons(right, asked, low, high):
+    assert report.wilson(right, asked) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_page_is_filled_and_nothing_else_of_it_changes():
+    page = "a\n<!-- x -->\nold\n<!-- end -->\nb\n"
+    filled = report.fill(page, {"x": lambda: "new"})
+    assert filled == "a\n<!-- x -->\nnew\n<!-- end -->\nb\n"
+    assert report.fill(filled, {"x": lambda: "new"}) == filled
+    with pytest.raises(ValueError, match="no place for 'y'"):
+        report.fill(page, {"x": str, "y": str})
+    with pytest.raises(ValueError, match="marks 'x', which nothing fills"):
+        report.fill(page, {})
