@@ -6,7 +6,8 @@ import importlib.metadata
 import inspect
 import pkgutil
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 SUPPORTED = ("0.5.17", "0.5.23")
 """Oldest and newest release the hooks were checked against."""
@@ -24,6 +25,9 @@ class HookPoint(NamedTuple):
     optional: bool = False
     """Whether some supported release lacks it."""
 
+
+Hook = Callable[[HookPoint, Any, Callable[..., Any]], None]
+"""``hook(point, kind, function)`` registers a function; ``kind`` is SGLang's ``HookType``."""
 
 ADD_CLI_ARGS = HookPoint("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",))
 FROM_CLI_ARGS = HookPoint("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",))

@@ -9,10 +9,8 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from arkvale_sglang.integration import compat
 
-Hook = Callable[[compat.HookPoint, HookType, Callable[..., Any]], None]
 
-
-def install(hook: Hook) -> None:
+def install(hook: compat.Hook) -> None:
     """Register the hooks with ``hook(point, kind, function)``."""
     hook(compat.CAN_RUN_GRAPH, HookType.AROUND, _can_run_graph)
     hook(compat.CAPTURE_GRAPH, HookType.AROUND, _capture_one_shape)

@@ -28,10 +28,9 @@ from arkvale_sglang.integration.pool import ArkValeKVPool, allocator_class, expe
 from arkvale_sglang.policy.admission import FrameAdmission
 
 logger = logging.getLogger(__name__)
-Hook = Callable[[compat.HookPoint, HookType, Callable[..., Any]], None]
 
 
-def install(config: ArkValeConfig, hook: Hook) -> None:
+def install(config: ArkValeConfig, hook: compat.Hook) -> None:
     """Register every hook of the scheduler process with ``hook(point, kind, function)``."""
     wiring = Wiring(config)
     around, after = HookType.AROUND, HookType.AFTER

@@ -60,8 +60,16 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
     """Raise ``ValueError`` unless there is a first row, and rows are contiguous in themselves."""
     if tensor.shape[0] == 0:
         raise ValueError(f"{name} must have at least one row, got shape {tuple(tensor.shape)}")
+    check_contiguous_last(name, tensor)
+
+
+def check_contiguous_last(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless neighbours in the last dimension are neighbours in memory."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} must be contiguous in its last dimension of {tensor.shape[-1]}")
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {tensor.stride()} of "
+            f"shape {tuple(tensor.shape)}"
+        )
 
 
 def check_device(like: torch.Tensor, **tensors: torch.Tensor) -> None:
@@ -88,15 +96,6 @@ def check_ids(
     low, high = (int(end) for end in ids.aminmax())
     if low < least or high >= limit:
         raise ValueError(f"{name} must hold ids from {least} to {limit - 1}, got {low} to {high}")
-
-
-def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless neighbours in the last dimension are neighbours in memory."""
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must be contiguous in its last dimension, got strides {tensor.stride()} of "
-            f"shape {tuple(tensor.shape)}"
-        )
 
 
 def check_same_device(

@@ -10,14 +10,15 @@ import torch
 
 from arkvale_kernels.attend import reference
 from arkvale_kernels.checks import (
-    check_last_dim_contiguous,
+    FLOATS,
+    INTEGERS,
+    check_contiguous_last,
+    check_dtype,
+    check_rows,
     check_same_device,
     check_same_dtype,
     check_shape,
 )
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def attend_frames(
@@ -52,17 +53,16 @@ def attend_frames(
     """
     check_shape("query", query, (None, None, None))
     rows, _, head_dim = query.shape
-    if rows == 0:
-        raise ValueError(f"query must have at least one row, got shape {tuple(query.shape)}")
-    _check_dtype("query", query, _FLOATS)
+    check_rows("query", query)
+    check_dtype("query", query, *FLOATS)
     check_shape("k_frames", k_frames, (None, None, None, head_dim))
     check_shape("v_frames", v_frames, tuple(k_frames.shape))
     check_shape("lane_frames", lane_frames, (rows, None))
     check_shape("lengths", lengths, (rows,))
     check_same_dtype("query", query, "k_frames", k_frames)
     check_same_dtype("v_frames", v_frames, "k_frames", k_frames)
-    _check_dtype("lane_frames", lane_frames, _INTEGERS)
-    _check_dtype("lengths", lengths, _INTEGERS)
+    check_dtype("lane_frames", lane_frames, *INTEGERS)
+    check_dtype("lengths", lengths, *INTEGERS)
     _check_layout(
         query, k_frames=k_frames, v_frames=v_frames, lane_frames=lane_frames, lengths=lengths
     )
@@ -120,8 +120,8 @@ def merge_parts(
     check_shape("other output", other[0], tuple(part[0].shape))
     check_shape("other log-sum-exp", other[1], tuple(part[1].shape))
     for prefix, (out, lse) in (("", part), ("other ", other)):
-        _check_dtype(f"{prefix}output", out, _FLOATS)
-        _check_dtype(f"{prefix}log-sum-exp", lse, (torch.float32,))
+        check_dtype(f"{prefix}output", out, *FLOATS)
+        check_dtype(f"{prefix}log-sum-exp", lse, torch.float32)
         check_same_device(f"{prefix}output", out, "output", part[0])
         check_same_device(f"{prefix}log-sum-exp", lse, "output", part[0])
     return _implementation(part[0]).merge_parts(part, other)
@@ -140,7 +140,7 @@ def _kernel() -> Any:
 def _check_keys(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: int | None) -> None:
     """The kernels trust their caller: a short ``v`` would be read beyond its end."""
     check_shape("query", query, (None, None, None))
-    _check_dtype("query", query, _FLOATS)
+    check_dtype("query", query, *FLOATS)
     check_shape("k", k, (tokens, None, query.shape[2]))
     check_shape("v", v, tuple(k.shape))
     check_same_dtype("k", k, "query", query)
@@ -149,16 +149,10 @@ def _check_keys(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: i
     _check_heads(query, k.shape[1])
 
 
-def _check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
-
-
 def _check_layout(query: torch.Tensor, **others: torch.Tensor) -> None:
-    check_last_dim_contiguous("query", query)
+    check_contiguous_last("query", query)
     for name, tensor in others.items():
-        check_last_dim_contiguous(name, tensor)
+        check_contiguous_last(name, tensor)
         check_same_device(name, tensor, "query", query)
 
 

@@ -6,11 +6,11 @@ outside a kernel.  Query heads of one KV head share a tile, so keys and values a
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from arkvale_kernels.triton_helpers import multiprocessors
 
 _LOG2E = 1.4426950408889634
 _LEAST_DOT = 16  # rows of the smallest matrix instruction
@@ -253,14 +253,6 @@ def _merge_parts_kernel(
     result = result / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(lse + row, top + tl.log(total), mask=live)
     tl.store(out + place, result, mask=read)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs' worth of hardware a device has; an H100's where there is none."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _width(head_dim: int) -> int:

@@ -44,8 +44,7 @@ def select_pages(
     checks.check_shape("scores", scores, (None, None))
     checks.check_rows("scores", scores)
     checks.check_dense(scores=scores, page_counts=page_counts)
-    if scores.dtype != torch.float32:
-        raise ValueError(f"scores must be torch.float32, got {scores.dtype}")
+    checks.check_dtype("scores", scores, torch.float32)
     checks.check_shape("lane_pages", lane_pages, tuple(scores.shape))
     checks.check_rows("lane_pages", lane_pages)
     checks.check_shape("page_counts", page_counts, (scores.shape[0],))
