@@ -1,9 +1,9 @@
-"""Measure quality under a budget, on the needle model, by real servers: ``make quality``.
+"""Measure quality under a budget, on the needle model, by real servers.
 
-    python -m quality [--full] [--only TASK] [--model examples/needle_model/model]
+    PYTHONPATH=examples:benchmarks python -m quality --model MODEL [--full] [--only TASK]
 
-Writes ``benchmarks/results/quality.csv``, then ``docs/quality.md`` and its plots from all the CSV
-files there.  Under half an hour on two cores; ``--full`` adds depths, budgets and seeds.
+MODEL is what ``needle_model.train`` wrote.  Writes ``quality.csv`` and ``digests.csv``, then
+``docs/quality.md`` and its plots from them; ``--full`` adds depths, budgets and seeds.
 """
 
 from __future__ import annotations

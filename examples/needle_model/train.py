@@ -1,9 +1,9 @@
-"""Train the needle model: ``python -m examples.needle_model.train`` (about an hour on two cores).
+"""Train the needle model: ``PYTHONPATH=examples python -m needle_model.train``.
 
-Stages go from sequences of 64 tokens to 4096, each entered when the one before finds 97 % of its
-answers.  In the first, half of the sequences are random tokens said twice: they form the induction
-heads that looking up a fact needs, and without them training stays at chance.  A run that is
-stopped resumes from its last checkpoint; the curve is written beside the weights.
+Stages go from sequences of 64 tokens to 2048, each entered when the one before finds enough of its
+answers.  In the first, most sequences are drills, random tokens and lists of facts said twice: they
+form the induction heads that looking up a fact needs.  A run that is stopped resumes from its last
+checkpoint; the curve is written beside the weights.
 """
 
 from __future__ import annotations
