@@ -42,10 +42,15 @@ def attach(config: ArkValeConfig) -> Callable[..., Any]:
     """
 
     def settings_for(request: Any) -> ArkValeConfig:
-        try:
-            return config.for_request(_wishes(request.sampling_params))
-        except ArkValeError:  # came past the check, as warm-up requests of other tools may
-            return config
+        """Worked out once for a request: every pass of its batch asks."""
+        known: ArkValeConfig | None = getattr(request, _ATTRIBUTE, None)
+        if known is None:
+            try:
+                known = config.for_request(_wishes(request.sampling_params))
+            except ArkValeError:  # came past the check, as warm-up requests of other tools may
+                known = config
+            setattr(request, _ATTRIBUTE, known)
+        return known
 
     def new_batch(
         original: Callable[..., Any], cls: type, batch: Any, *args: Any, **kwargs: Any

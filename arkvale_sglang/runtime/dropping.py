@@ -25,7 +25,7 @@ from arkvale_sglang.policy.admission import selection_rule
 
 OBSERVED_TOKENS = 32
 """Queries at the end of a prompt that rank its pages (SnapKV's observation window)."""
-_ALL_SEALED = SelectionRule(budget=1, must=0, sinks=0, window=1)
+ALL_SEALED = SelectionRule(budget=1, must=0, sinks=0, window=1)
 
 
 class Dropping:
@@ -74,7 +74,7 @@ class Dropping:
             layer.residency.frame_of,
             lane_pages.repeat(tokens, 1),
             torch.full((rows,), columns, dtype=torch.int32, device=query.device),
-            _ALL_SEALED,
+            ALL_SEALED,
             head_reduce="softmax-mean",
             scaling=scaling,
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from arkvale_sglang.cli.launch import Server
-from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES
+from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES, SELECTIONS
 from conditions import conditions
 from quality import digests, report, tasks
 from quality.servers import COMMON, Examiner, Rule, Tally, by_server
@@ -30,7 +30,7 @@ RESULTS = ROOT / "benchmarks/results"
 TASKS = ("passkey", "needle", "sequence", "path", "chat")
 TIGHT, ROOMY = 512, 1024
 BUDGETS = (TIGHT, ROOMY, 2048, 4096)
-DROPPING = ("streaming", "snapkv", "h2o")
+DROPPING = SELECTIONS[1:]
 TOP_K = (32, 64, 128, 256, 512, 1024)
 
 

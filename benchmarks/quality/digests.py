@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arkvale_kernels.digest import build_digests
-from arkvale_kernels.layout import SelectionRule
 from arkvale_kernels.score import score_pages
 from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES
+from arkvale_sglang.runtime.dropping import ALL_SEALED
 from quality import tasks
 
 PAGE, MOST = 32, 40
-EVERYTHING = SelectionRule(budget=1, must=0, sinks=0, window=1)
 
 
 def record(model_path: Path, asked: int) -> list[dict[str, torch.Tensor]]:
@@ -83,7 +82,7 @@ def overlaps(part: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         for reduce in HEAD_REDUCES:
             scores = score_pages(
                 query.contiguous(), built, torch.full((pages + 1,), -1, dtype=torch.int32), table,
-                counts, EVERYTHING, head_reduce=reduce, scaling=scaling,
+                counts, ALL_SEALED, head_reduce=reduce, scaling=scaling,
             )[:, :pages]  # fmt: skip
             guess = scores.argsort(dim=1, descending=True)
             for k in range(1, MOST + 1):

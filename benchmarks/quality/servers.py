@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -122,9 +121,3 @@ def by_server(rules: Sequence[Rule]) -> dict[tuple[str, ...], list[Rule]]:
     for rule in rules:
         groups.setdefault(rule.flags, []).append(rule)
     return groups
-
-
-def start(model: Path, flags: Sequence[str]) -> Iterator[Server]:
-    """A server under these flags."""
-    with Server(model, [*COMMON, *flags]) as server:
-        yield server
