@@ -13,8 +13,9 @@ import pytest
 
 from support.serving import Ruler, generate, generate_together, prompt, wait_idle
 
-SLACK = 2.0
-"""Partial results merged by log-sum-exp round once more than one pass does: twice the roundings."""
+SLACK = 4.0
+"""Partial results merged by log-sum-exp round once more than one pass does, and the worst of a few
+dozen roundings scatters by another factor of two from machine to machine."""
 FRAME_TOKENS = 768
 BUDGET = 512
 
