@@ -3,28 +3,40 @@
     make serve
     python examples/serve.py [--model-path PATH] [any flag of sglang.launch_server]
 
-Without ``--model-path`` it serves the small random model.
+Without ``--model-path`` it serves the needle model, which knows what a chat tells it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from arkvale_sglang.cli.launch import free_port
-from tiny_model import make_model
 
-BUILD = Path(__file__).resolve().parent.parent / "build"
+MODEL = Path(__file__).resolve().parent / "needle_model/model"
 SMALL = [
-    "--arkvale-budget", "1024",
-    "--arkvale-device-tokens", "8192",
+    "--model-path", str(MODEL),
+    "--dtype", "float32",
+    "--arkvale-budget", "512",
+    "--arkvale-device-tokens", "4096",
+    "--arkvale-dense-layers", "0",
     "--arkvale-host-memory", "0.5",
 ]  # fmt: skip
-
-
-BODY = '{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}'
+BODY = json.dumps(
+    {
+        "model": "needle",
+        "messages": [
+            {
+                "role": "user",
+                "content": "the code of the blue door is 4821. what is the code of the blue door?",
+            }
+        ],
+        "max_tokens": 16,
+    }
+)
 
 
 def named(flags: list[str]) -> argparse.Namespace:
@@ -38,7 +50,7 @@ def named(flags: list[str]) -> argparse.Namespace:
 def main() -> int:
     flags = sys.argv[1:]
     if named(flags).model_path is None:
-        flags += ["--model-path", str(make_model(BUILD / "tiny_model")), *SMALL]
+        flags += SMALL
     if named(flags).port is None:
         flags += ["--port", str(free_port())]
     url = f"http://127.0.0.1:{named(flags).port}"

@@ -59,8 +59,8 @@ class ArkValeConfig:
     device_tokens: int | None = None
     """Tokens held by the frames of one lane; ``None`` sizes them from the device memory."""
     recall_cap: int | None = None
-    """Most pages recalled by score per request, lane and step; ``None`` means no cap.  Sinks, the
-    window and requests within their budget are always whole."""
+    """Most pages recalled by score per request, lane and step; ``None`` means no cap, 0 that
+    what was evicted stays away.  Sinks, the window and requests within their budget are always whole."""
     oversubscription: float = 1.0
     """Frames promised to running requests per frame that exists; above 1 the rows of a batch
     that do not fit together attend in turns within a step, recalling what they lost."""
@@ -93,7 +93,7 @@ class ArkValeConfig:
             ("--arkvale-window-pages", self.window_pages, 1),
             ("--arkvale-head-groups", self.head_groups, 1),
             ("--arkvale-dense-layers", self.dense_layers, 0),
-            ("--arkvale-recall-cap", self.recall_cap, 1),
+            ("--arkvale-recall-cap", self.recall_cap, 0),
             ("--arkvale-device-tokens", self.device_tokens, self.page_size),
             ("--arkvale-top-k", self.top_k, 1),
             ("--arkvale-oversubscription", self.oversubscription, 1),

@@ -95,8 +95,8 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         "recall_cap",
         {
             "type": int,
-            "help": "most pages recalled by score per request, lane and step; requests within "
-            "their budget stay exact (default: none)",
+            "help": "most pages recalled by score per request, lane and step, 0 for no recall; "
+            "requests within their budget stay exact (default: none)",
         },
     ),
     (

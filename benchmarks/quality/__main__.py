@@ -22,8 +22,9 @@ from transformers import AutoTokenizer
 from arkvale_sglang.cli.launch import Server
 from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES, SELECTIONS
 from conditions import conditions
+from needle_model import text
 from quality import digests, report, tasks
-from quality.servers import COMMON, Examiner, Rule, Tally, by_server
+from quality.servers import COMMON, Examiner, Rule, by_server
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -71,7 +72,7 @@ def plans(full: bool) -> list[Plan]:
     return found
 
 
-def episodes(task: str, writer: tasks.Writer, full: bool) -> list[tasks.Episode]:
+def episodes(task: str, writer: text.Writer, full: bool) -> list[tasks.Episode]:
     """The same for every rule."""
     seeds = range(4 if full else 2)
     if task == "passkey":
@@ -87,41 +88,39 @@ def episodes(task: str, writer: tasks.Writer, full: bool) -> list[tasks.Episode]
 
 
 def measure(
-    plan: Sequence[Plan], chosen: Sequence[str], model: Path, full: bool, wave: float
+    plan: Sequence[Plan], chosen: Sequence[str], model: Path, full: bool
 ) -> Iterator[dict[str, object]]:
     """Rows of the CSV, as they come."""
+    begin = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    writer = tasks.Writer(tokenizer)
+    writer = text.Writer(tokenizer)
+    groups = [group for task in chosen for group in grouped(episodes(task, writer, full))]
     asked_of = {entry.rule: [t for t in entry.tasks if t in chosen] for entry in plan}
     servers = by_server([rule for rule, wanted in asked_of.items() if wanted])
     for number, (flags, rules) in enumerate(servers.items(), 1):
         print(f"\nserver {number} of {len(servers)}: {' '.join(flags)}", flush=True)
         with Server(model, [*COMMON, *flags]) as server:
             examiner = Examiner(server, tokenizer)
-            for task in chosen:
-                held = episodes(task, writer, full)
-                for length in sorted({episode.length for episode in held}):
-                    for depth in sorted(
-                        {e.depth for e in held if e.length == length}, reverse=True
-                    ):
-                        some = [e for e in held if (e.length, e.depth) == (length, depth)]
-                        for rule in (r for r in rules if task in asked_of[r]):
-                            tally = Tally()
-                            for episode in some:
-                                examiner.hold(episode, rule, tally)
-                            yield {
-                                "task": task,
-                                "length": length,
-                                "depth": depth,
-                                **dataclasses.asdict(rule),
-                                **dataclasses.asdict(tally),
-                            }
-                            spent = (time.monotonic() - wave) / 60
-                            print(
-                                f"  {spent:5.1f} min  {task:9s}{length:6d} {depth:5.2f}  "
-                                f"{rule.name:18s}{rule.budget:5d}  {tally.right}/{tally.asked}",
-                                flush=True,
-                            )
+            # Rules inside, groups outside: the next rule finds the prompts in the prefix cache.
+            for (task, length, depth), held in groups:
+                for rule in (r for r in rules if task in asked_of[r]):
+                    tally = examiner.hold(held, rule)
+                    where = {"task": task, "length": length, "depth": depth}
+                    yield {**where, **dataclasses.asdict(rule), **dataclasses.asdict(tally)}
+                    print(
+                        f"  {(time.monotonic() - begin) / 60:5.1f} min  {task:9s}{length:6d} "
+                        f"{depth:5.2f}  {rule.name:18s}{rule.budget:5d}  "
+                        f"{tally.right}/{tally.asked}",
+                        flush=True,
+                    )
+
+
+def grouped(held: list[tasks.Episode]) -> list[tuple[tuple[str, int, float], list[tasks.Episode]]]:
+    """Episodes that make one row: of a task, length and depth, in the order they come."""
+    groups: dict[tuple[str, int, float], list[tasks.Episode]] = {}
+    for episode in held:
+        groups.setdefault((episode.task, episode.length, episode.depth), []).append(episode)
+    return list(groups.items())
 
 
 def main() -> int:
@@ -136,7 +135,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "quality.csv"
     rows = []
-    for row in measure(plans(options.full), chosen, options.model, options.full, begin):
+    for row in measure(plans(options.full), chosen, options.model, options.full):
         rows.append(row)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))

@@ -18,6 +18,7 @@ from arkvale_kernels.digest import build_digests
 from arkvale_kernels.score import score_pages
 from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES
 from arkvale_sglang.runtime.dropping import ALL_SEALED
+from needle_model import text
 from quality import tasks
 
 PAGE, MOST = 32, 40
@@ -42,7 +43,7 @@ def record(model_path: Path, asked: int) -> list[dict[str, torch.Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=torch.float32, attn_implementation="record"
     ).eval()
-    episodes = [e for e in tasks.many(tasks.Writer(tokenizer), 0, asked) if e.task == "path"]
+    episodes = [e for e in tasks.many(text.Writer(tokenizer), 0, asked) if e.task == "path"]
     layers: list[dict[str, torch.Tensor]] = []
     for episode in episodes[:2]:
         turn = episode.turns[0]

@@ -41,13 +41,11 @@ def _shares(rows: list[Row]) -> tuple[float, float, float]:
 
 
 def _moving(rows: list[Row], path: Path) -> None:
-    rules = report._rules([r for r in rows if r["task"] in report.MOVING], report.MAIN)
+    rules = report.rules([r for r in rows if r["task"] in report.MOVING], report.MAIN)
     figure, axes = plt.subplots(figsize=(10, 4))
     width = 0.8 / max(1, len(rules))
     for number, rule in enumerate(rules):
-        own = [
-            _shares([r for r in report._of(rows, rule) if r["task"] == t]) for t in report.MOVING
-        ]
+        own = [_shares([r for r in report.of(rows, rule) if r["task"] == t]) for t in report.MOVING]
         axes.bar(
             [place + number * width for place in range(len(own))],
             [share for share, _, _ in own],
@@ -66,8 +64,8 @@ def _passkey(rows: list[Row], path: Path) -> None:
     lengths = sorted({row["length"] for row in rows})
     figure, panels = plt.subplots(1, len(lengths), figsize=(12, 3.5), sharey=True, squeeze=False)
     for axes, length in zip(panels[0], lengths, strict=True):
-        for rule in report._rules(rows, report.MAIN):
-            own = [row for row in report._of(rows, rule) if row["length"] == length]
+        for rule in report.rules(rows, report.MAIN):
+            own = [row for row in report.of(rows, rule) if row["length"] == length]
             depths = sorted({row["depth"] for row in own})
             shares = [_shares([r for r in own if r["depth"] == depth])[0] for depth in depths]
             axes.plot(

@@ -70,13 +70,13 @@ def table(head: Iterable[str], body: Iterable[Iterable[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _rules(rows: list[Row], names: Iterable[str]) -> list[tuple[str, int]]:
+def rules(rows: list[Row], names: Iterable[str]) -> list[tuple[str, int]]:
     names = list(names)
     found = {(row["name"], row["budget"]) for row in rows if row["name"] in names}
     return sorted(found, key=lambda rule: (names.index(rule[0]), rule[1]))
 
 
-def _of(rows: list[Row], rule: tuple[str, int]) -> list[Row]:
+def of(rows: list[Row], rule: tuple[str, int]) -> list[Row]:
     return [row for row in rows if (row["name"], row["budget"]) == rule]
 
 
@@ -90,9 +90,9 @@ def passkey_table(rows: list[Row]) -> str:
             [
                 rule[0],
                 rule[1] or "all",
-                *(score(r for r in _of(rows, rule) if r["length"] == n) for n in lengths),
+                *(score(r for r in of(rows, rule) if r["length"] == n) for n in lengths),
             ]
-            for rule in _rules(rows, MAIN)
+            for rule in rules(rows, MAIN)
         ),
     )
 
@@ -101,8 +101,8 @@ def moving_table(rows: list[Row], names: Iterable[str] = MAIN) -> str:
     """Rules by task, with what recall did."""
     rows = [row for row in rows if row["task"] in MOVING]
     body = []
-    for rule in _rules(rows, names):
-        own = _of(rows, rule)
+    for rule in rules(rows, names):
+        own = of(rows, rule)
         steps, pages, moved, hits, misses = total(
             own, "steps", "recalled", "bytes_recalled", "hits", "misses"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from arkvale_sglang.cli.launch import Server
-from quality.tasks import Episode
+from quality.tasks import Episode, Turn
 
 CONTEXT = 36_864
 ANSWER_TOKENS = 16
@@ -18,7 +18,7 @@ SPARE_TOKENS = 288
 COMMON = [
     "--dtype", "float32", "--random-seed", "0", "--log-level", "warning", "--sleep-on-idle",
     "--kv-policy", "arkvale", "--arkvale-dense-layers", "0", "--arkvale-host-memory", "1",
-    "--chunked-prefill-size", "4096",
+    "--chunked-prefill-size", "4096", "--disable-overlap-schedule",
 ]  # fmt: skip
 
 
@@ -79,31 +79,41 @@ class Examiner:
     def __init__(self, server: Server, tokenizer: PreTrainedTokenizerBase):
         self._server, self._tokenizer = server, tokenizer
 
-    def hold(self, episode: Episode, rule: Rule, tally: Tally) -> None:
-        """Ask all turns of an episode and add the score of those that count."""
-        messages: list[dict[str, str]] = []
-        for turn in episode.turns:
-            messages.append({"role": "user", "content": turn.message})
-            before = self._counters() if turn.expected else None
-            answer, tokens = self._ask(messages, rule, max(1, len(turn.expected)) * ANSWER_TOKENS)
-            messages.append({"role": "assistant", "content": answer})
-            tally.asked += len(turn.expected)
-            tally.right += sum(item in answer for item in turn.expected)
-            if before is not None:
-                after = self._counters()
-                grown = {name: after[name] - before[name] for name in before}
-                tally.steps += tokens
-                tally.recalled += grown["pages_recalled"]
-                tally.bytes_recalled += grown["bytes_recalled"]
-                tally.hits += grown["page_hits"]
-                tally.misses += grown["page_misses"]
+    def hold(self, episodes: Sequence[Episode], rule: Rule) -> Tally:
+        """Ask every turn of the episodes that expects an answer.
+
+        What went before is said with the answers it should have got, so that every rule is asked
+        the same, however wrong it was.
+        """
+        tally = Tally()
+        for episode in episodes:
+            messages: list[dict[str, str]] = []
+            for turn in episode.turns:
+                messages.append({"role": "user", "content": turn.message})
+                if turn.expected:
+                    self._score(messages, turn, rule, tally)
+                messages.append({"role": "assistant", "content": turn.answer})
+        return tally
+
+    def _score(self, messages: list[dict[str, str]], turn: Turn, rule: Rule, tally: Tally) -> None:
+        """Ask for the last message and count what is right, and what recall did for it."""
+        before = self._counters()
+        answer = self._ask(messages, rule, len(turn.expected) * ANSWER_TOKENS)
+        grown = {name: after - before[name] for name, after in self._counters().items()}
+        tally.asked += len(turn.expected)
+        tally.right += sum(item in answer["text"] for item in turn.expected)
+        tally.steps += answer["meta_info"]["completion_tokens"] - 1  # prefill gives the first
+        tally.recalled += grown["pages_recalled"]
+        tally.bytes_recalled += grown["bytes_recalled"]
+        tally.hits += grown["page_hits"]
+        tally.misses += grown["page_misses"]
 
     def _counters(self) -> dict[str, int]:
         report = self._server.arkvale()
         names = ("pages_recalled", "bytes_recalled", "page_hits", "page_misses")
         return {name: report[name] for name in names}
 
-    def _ask(self, messages: list[dict[str, str]], rule: Rule, most: int) -> tuple[str, int]:
+    def _ask(self, messages: list[dict[str, str]], rule: Rule, most: int) -> dict[str, Any]:
         prompt = self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
@@ -111,8 +121,7 @@ class Examiner:
         sampling = {"temperature": 0, "max_new_tokens": most}
         if rule.wishes:
             sampling["custom_params"] = {"arkvale": rule.wishes}
-        answer = self._server.post("/generate", {"input_ids": tokens, "sampling_params": sampling})
-        return answer["text"], answer["meta_info"]["completion_tokens"]
+        return self._server.post("/generate", {"input_ids": tokens, "sampling_params": sampling})
 
 
 def by_server(rules: Sequence[Rule]) -> dict[tuple[str, ...], list[Rule]]:

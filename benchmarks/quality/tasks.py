@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass, replace
 
 from needle_model import text
 
@@ -26,9 +24,10 @@ QUESTION_TOKENS = 24
 
 @dataclass(frozen=True)
 class Turn:
-    """A message and what its answer must say, each item counted for itself."""
+    """A message, the answer it deserves, and what of it is counted, each item for itself."""
 
     message: str
+    answer: str
     expected: tuple[str, ...]
 
 
@@ -43,46 +42,18 @@ class Episode:
     turns: tuple[Turn, ...]
 
 
-class Writer:
-    """Writes contexts of a given number of tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self._sizes: dict[str, int] = {}
-
-    def size(self, sentence: str) -> int:
-        """Tokens of a sentence."""
-        if sentence not in self._sizes:
-            self._sizes[sentence] = len(self._tokenizer.encode(sentence, add_special_tokens=False))
-        return self._sizes[sentence]
-
-    def context(self, rng: random.Random, tokens: int, facts: Sequence[tuple[float, str]]) -> str:
-        """Filler of ``tokens`` tokens with each fact where its share of them has passed."""
-        waiting = sorted(facts)
-        lines: list[str] = []
-        written = 0
-        for line in text.filler(rng):
-            while waiting and written >= waiting[0][0] * tokens:
-                fact = waiting.pop(0)[1]
-                lines.append(fact)
-                written += self.size(fact)
-            if written >= tokens:
-                break
-            lines.append(line)
-            written += self.size(line)
-        lines += [fact for _, fact in waiting]
-        return " ".join(lines)
-
-
 def _question(code: text.Code) -> Turn:
-    return Turn(text.CODE_QUESTIONS[0].format(subject=code.subject), (code.digits,))
+    question = text.CODE_QUESTIONS[0].format(subject=code.subject)
+    return Turn(question, code.sentence, (code.digits,))
 
 
 def _after(context: str, turn: Turn) -> Turn:
-    return Turn(f"{context} {turn.message}", turn.expected)
+    return replace(turn, message=f"{context} {turn.message}")
 
 
-def passkey(writer: Writer, length: int, depths: Sequence[float], seed: int) -> Iterator[Episode]:
+def passkey(
+    writer: text.Writer, length: int, depths: Sequence[float], seed: int
+) -> Iterator[Episode]:
     """One fact at each depth of the same filler, deepest first: what stands before is shared."""
     for depth in sorted(depths, reverse=True):
         rng = random.Random(seed)
@@ -91,7 +62,7 @@ def passkey(writer: Writer, length: int, depths: Sequence[float], seed: int) -> 
         yield Episode("passkey", length, depth, (_after(context, _question(code)),))
 
 
-def many(writer: Writer, seed: int, asked: int) -> Iterator[Episode]:
+def many(writer: text.Writer, seed: int, asked: int) -> Iterator[Episode]:
     """Tasks over one context of codes and paths: ``needle``, ``sequence`` and ``path``."""
     rng = random.Random(seed)
     names = text.subjects(rng, CODES + PATHS * (HOPS + 1))
@@ -108,12 +79,12 @@ def many(writer: Writer, seed: int, asked: int) -> Iterator[Episode]:
         turns = (_after(context, _question(first)), *map(_question, others))
         yield Episode("sequence", HAYSTACK, -1, turns)
     for path in paths:
-        hops = tuple(link.sentence for link in path)
         question = text.LINK_QUESTIONS[0].format(subject=path[0].subject)
-        yield Episode("path", HAYSTACK, -1, (_after(context, Turn(question, hops)),))
+        turn = Turn(question, text.follow(path), tuple(link.sentence for link in path))
+        yield Episode("path", HAYSTACK, -1, (_after(context, turn),))
 
 
-def chat(writer: Writer, seed: int, turns: int = 16, tokens: int = 700) -> Iterator[Episode]:
+def chat(writer: text.Writer, seed: int, turns: int = 16, tokens: int = 700) -> Iterator[Episode]:
     """Facts and small talk in every turn; at the end the first turn's facts are asked."""
     rng = random.Random(seed)
     codes = text.codes(rng, text.subjects(rng, 4 + turns))
@@ -124,6 +95,6 @@ def chat(writer: Writer, seed: int, turns: int = 16, tokens: int = 700) -> Itera
             (rng.random(), fact.sentence) for fact in ([code, *early] if not number else [code])
         ]
         context = writer.context(rng, tokens, facts)
-        said.append(Turn(_after(context, _question(code)).message, ()))
+        said.append(replace(_after(context, _question(code)), expected=()))
     said += map(_question, early)
     yield Episode("chat", turns * tokens, -1, tuple(said))

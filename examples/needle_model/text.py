@@ -11,8 +11,10 @@ Everything is drawn from a ``random.Random``, so that a seed names a text.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -141,3 +143,34 @@ def words() -> list[str]:
     found = [w for part in lists for w in part]
     found += [w.strip(".?") for w in extra.split() if "{" not in w]
     return sorted(set(found))
+
+
+class Writer:
+    """Writes contexts of a given number of tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._sizes: dict[str, int] = {}
+
+    def size(self, sentence: str) -> int:
+        """Tokens of a sentence."""
+        if sentence not in self._sizes:
+            self._sizes[sentence] = len(self._tokenizer.encode(sentence, add_special_tokens=False))
+        return self._sizes[sentence]
+
+    def context(self, rng: random.Random, tokens: int, facts: Sequence[tuple[float, str]]) -> str:
+        """Filler of ``tokens`` tokens with each fact where its share of them has passed."""
+        waiting = sorted(facts)
+        lines: list[str] = []
+        written = 0
+        for line in filler(rng):
+            while waiting and written >= waiting[0][0] * tokens:
+                fact = waiting.pop(0)[1]
+                lines.append(fact)
+                written += self.size(fact)
+            if written >= tokens:
+                break
+            lines.append(line)
+            written += self.size(line)
+        lines += [fact for _, fact in waiting]
+        return " ".join(lines)

@@ -35,7 +35,7 @@ REFUSED = {
     "dense-layers": (
         {"dense_layers": -2}, "--arkvale-dense-layers is -2", "to 0", {"dense_layers": 0},
     ),
-    "recall-cap": ({"recall_cap": 0}, "--arkvale-recall-cap is 0", "to 1", {"recall_cap": 1}),
+    "recall-cap": ({"recall_cap": -1}, "--arkvale-recall-cap is -1", "to 0", {"recall_cap": 0}),
     "device-tokens": (
         {"device_tokens": 31}, "--arkvale-device-tokens is 31", "to 32", {"device_tokens": 32},
     ),
@@ -152,7 +152,7 @@ def valid() -> st.SearchStrategy[ArkValeConfig]:
         "dense_layers": st.integers(0, 9),
         "host_memory": st.none() | st.floats(1e-3, 1e4),
         "device_tokens": st.none() | st.integers(64, 10**6),
-        "recall_cap": st.none() | whole,
+        "recall_cap": st.none() | st.integers(0, 50),
         "oversubscription": st.floats(1.0, 16.0),
         "check_invariants": st.booleans(),
     }

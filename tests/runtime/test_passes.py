@@ -107,7 +107,7 @@ def test_sparse_decode_chooses_what_the_oracle_chooses(digest, reduce, groups):
     assert max(len(step.chosen) for step in fake.steps) == fake.config.budget_pages
 
 
-@pytest.mark.parametrize("cap", [1, 2])
+@pytest.mark.parametrize("cap", [0, 1, 2])
 def test_recall_cap_bounds_recalls_and_is_chosen_as_the_oracle_says(cap):
     fake = engine(pages=80, frames=16, budget=16 * 8, recall_cap=cap)
     row = fake.add_row()

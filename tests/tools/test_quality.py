@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from needle_model import text
 from needle_model.tokenizer import build_tokenizer
 from quality import report, tasks
 from quality.__main__ import plans
@@ -15,7 +16,7 @@ from quality.servers import CONTEXT, Rule, by_server
 
 @pytest.fixture(scope="module")
 def writer():
-    return tasks.Writer(build_tokenizer(CONTEXT))
+    return text.Writer(build_tokenizer(CONTEXT))
 
 
 @pytest.mark.parametrize("length", [1000, 10_000])

@@ -1,0 +1,93 @@
+"""Texts of the local lm-eval tasks, made here: nothing is fetched.
+
+lm-eval calls the functions with the metadata of the run: ``max_seq_lengths`` in tokens and the name
+of the ``tokenizer``.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from needle_model import text
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
+SEEDS = 4
+SPARE_TOKENS = 96
+"""Left for the template of a chat and the answer."""
+OPENING = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there."
+)
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+def passkey(**about: Any) -> dict[str, datasets.Dataset]:
+    """The passkey task of landmark attention, which the paper's Table 1 uses."""
+
+    def sample(rng: random.Random) -> tuple[str, Iterator[str], str, str, str]:
+        key = str(rng.randrange(10_000, 100_000))
+        fact = f"The pass key is {key}. Remember it. {key} is the pass key."
+        return OPENING, _again(GRASS), fact, "What is the pass key? The pass key is", key
+
+    return _dataset(sample, **about)
+
+
+def needle(**about: Any) -> dict[str, datasets.Dataset]:
+    """The same with words that the needle model knows."""
+
+    def sample(rng: random.Random) -> tuple[str, Iterator[str], str, str, str]:
+        code = text.codes(rng, text.subjects(rng, 1))[0]
+        question = text.CODE_QUESTIONS[0].format(subject=code.subject)
+        return "", text.filler(rng), code.sentence, question, code.digits
+
+    return _dataset(sample, **about)
+
+
+def score(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the answer holds the key."""
+    return {"found": float(doc["answer"] in results[0])}
+
+
+def _again(sentence: str) -> Iterator[str]:
+    while True:
+        yield sentence
+
+
+def _dataset(
+    sample: Callable[[random.Random], tuple[str, Iterator[str], str, str, str]],
+    max_seq_lengths: Sequence[int] = (4096,),
+    tokenizer: str = "",
+    **_: Any,
+) -> dict[str, datasets.Dataset]:
+    """Every length with the fact at every depth, ``SEEDS`` times."""
+    encode = AutoTokenizer.from_pretrained(tokenizer).encode
+    docs = []
+    for length in max_seq_lengths:
+        for depth in DEPTHS:
+            for seed in range(SEEDS):
+                opening, filler, fact, question, answer = sample(random.Random(f"{depth} {seed}"))
+                room = length - SPARE_TOKENS - len(encode(f"{opening} {fact} {question}"))
+                lines = _lines(filler, room, lambda line: len(encode(f" {line}")))
+                lines.insert(round(depth * len(lines)), fact)
+                words = " ".join([opening, *lines, question]).strip()
+                docs.append({"input": words, "answer": answer, "length": length, "depth": depth})
+    return {"test": datasets.Dataset.from_list(docs, split=datasets.Split.TEST)}
+
+
+def _lines(filler: Iterator[str], room: int, size: Callable[[str], int]) -> list[str]:
+    lines: list[str] = []
+    for line in filler:
+        room -= size(line)
+        if room < 0:
+            return lines
+        lines.append(line)
+    raise AssertionError("filler has no end")
