@@ -4,14 +4,16 @@ RUN = .venv/bin/python
 KERNEL_TESTS = tests/kernels
 OTHER_TESTS = --ignore tests/kernels
 
-.PHONY: demo serve test lint bench-smoke setup clean
+.PHONY: demo serve test lint quality needle-model bench-smoke setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         start a server, hold a chat whose pages are evicted and recalled, compare with stock"
+	@echo "make demo         start a server, hold chats whose pages are evicted and recalled, check every answer"
 	@echo "make serve        start a server and keep it up"
 	@echo "make test         lint and the whole suite"
 	@echo "make lint         ruff, mypy"
+	@echo "make quality      what a budget costs in answers, against full attention and rules that drop"
+	@echo "make needle-model train the model that demo and quality use, about an hour"
 	@echo "make bench-smoke  stock SGLang and arkvale in turn: three cases, about 4 minutes"
 
 setup:
@@ -35,6 +37,12 @@ test: setup lint
 	$(RUN) -m pytest $(KERNEL_TESTS) >$$log 2>&1 & kernels=$$!; \
 	$(RUN) -m pytest $(OTHER_TESTS); others=$$?; \
 	wait $$kernels; kernels=$$?; cat $$log; rm -f $$log; exit $$((kernels + others))
+
+quality: setup
+	@PYTHONPATH=examples:benchmarks $(RUN) -m quality $(ARGS)
+
+needle-model: setup
+	@PYTHONPATH=examples $(RUN) -m needle_model.train $(ARGS)
 
 bench-smoke: setup
 	@$(RUN) benchmarks/smoke.py

@@ -76,7 +76,9 @@ class Chat:
         right = code.digits in said
         self.asked, self.right = self.asked + 1, self.right + right
         mark = "right" if right else f"wrong: it is {code.digits}"
-        print(f"  {self._name:4s}({self.tokens:5d} tokens)  {question}\n{'':20s}-> {said}  [{mark}]")
+        print(
+            f"  {self._name:4s}({self.tokens:5d} tokens)  {question}\n{'':20s}-> {said}  [{mark}]"
+        )
 
 
 def main() -> int:

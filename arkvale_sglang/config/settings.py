@@ -60,7 +60,7 @@ class ArkValeConfig:
     """Tokens held by the frames of one lane; ``None`` sizes them from the device memory."""
     recall_cap: int | None = None
     """Most pages recalled by score per request, lane and step; ``None`` means no cap, 0 that
-    what was evicted stays away.  Sinks, the window and requests within their budget are always whole."""
+    what was evicted stays away.  Sinks, the window and requests within their budget are whole."""
     oversubscription: float = 1.0
     """Frames promised to running requests per frame that exists; above 1 the rows of a batch
     that do not fit together attend in turns within a step, recalling what they lost."""

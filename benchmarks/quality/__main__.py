@@ -1,9 +1,10 @@
 """Measure quality under a budget, on the needle model, by real servers.
 
-    PYTHONPATH=examples:benchmarks python -m quality --model MODEL [--full] [--only TASK]
+    PYTHONPATH=examples:benchmarks python -m quality [--full] [--only TASK]
 
-MODEL is what ``needle_model.train`` wrote.  Writes ``quality.csv`` and ``digests.csv``, then
-``docs/quality.md`` and its plots from them; ``--full`` adds depths, budgets and seeds.
+Writes ``quality.csv``, ``digests.csv`` and ``quality.json`` under ``--out``, then the tables of
+``quality.md`` and its plots under ``--docs`` from them.  ``--full`` asks more, ``--small`` a little
+of the main rules.
 """
 
 from __future__ import annotations
@@ -20,83 +21,23 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from arkvale_sglang.cli.launch import Server
-from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES, SELECTIONS
 from conditions import conditions
 from needle_model import text
-from quality import digests, report, tasks
-from quality.servers import COMMON, Examiner, Rule, by_server
+from quality import digests, report
+from quality.plan import DEFAULT, FULL, SMALL, TASKS, Scale, episodes, grouped, plans
+from quality.servers import COMMON, Examiner, by_server
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks/results"
-TASKS = ("passkey", "needle", "sequence", "path", "chat")
-TIGHT, ROOMY = 512, 1024
-BUDGETS = (TIGHT, ROOMY, 2048, 4096)
-DROPPING = SELECTIONS[1:]
-TOP_K = (32, 64, 128, 256, 512, 1024)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A rule and the tasks it is asked."""
-
-    rule: Rule
-    tasks: tuple[str, ...]
-
-
-def plans(full: bool) -> list[Plan]:
-    """All comparisons; the first entries make the main table."""
-    moving = TASKS[1:]
-    dropping_budgets = BUDGETS if full else (TIGHT, ROOMY)
-    found = [Plan(Rule("full"), TASKS)]
-    for budget in BUDGETS:
-        found.append(Plan(Rule("arkvale", budget), TASKS))
-    for selection in DROPPING:
-        for budget in dropping_budgets:
-            found.append(Plan(Rule(selection, budget, selection), TASKS))
-    default = Rule("arkvale", TIGHT)
-    others = TASKS if full else moving
-    for digest in DIGESTS:
-        if digest != default.digest:
-            rule = dataclasses.replace(default, name=digest, digest=digest)
-            found.append(Plan(rule, others))
-    for reduce in HEAD_REDUCES:
-        if reduce != default.head_reduce:
-            rule = dataclasses.replace(default, name=f"reduce {reduce}", head_reduce=reduce)
-            found.append(Plan(rule, others))
-    found.append(Plan(dataclasses.replace(default, name="groups 2", groups=2), others))
-    for budget in BUDGETS:
-        for top_k in TOP_K:
-            if top_k <= budget - 4 * 32:
-                rule = Rule("top-k", budget, top_k=top_k)
-                found.append(Plan(rule, ("path",)))
-    return found
-
-
-def episodes(task: str, writer: text.Writer, full: bool) -> list[tasks.Episode]:
-    """The same for every rule."""
-    seeds = range(4 if full else 2)
-    if task == "passkey":
-        depths = [d / 20 for d in range(20)] if full else [0.0, 0.19, 0.38, 0.57, 0.76, 0.95]
-        return [
-            episode
-            for length in tasks.PASSKEY_LENGTHS
-            for episode in tasks.passkey(writer, length, depths, seed=length)
-        ]
-    if task == "chat":
-        return [e for seed in range(3 * len(seeds)) for e in tasks.chat(writer, 100 + seed)]
-    return [e for seed in seeds for e in tasks.many(writer, seed, asked=16) if e.task == task]
-
-
-def measure(
-    plan: Sequence[Plan], chosen: Sequence[str], model: Path, full: bool
-) -> Iterator[dict[str, object]]:
+def measure(scale: Scale, chosen: Sequence[str], model: Path) -> Iterator[dict[str, object]]:
     """Rows of the CSV, as they come."""
     begin = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model)
     writer = text.Writer(tokenizer)
-    groups = [group for task in chosen for group in grouped(episodes(task, writer, full))]
-    asked_of = {entry.rule: [t for t in entry.tasks if t in chosen] for entry in plan}
-    servers = by_server([rule for rule, wanted in asked_of.items() if wanted])
+    groups = [group for task in chosen for group in grouped(episodes(task, writer, scale))]
+    asked_of = plans(scale)
+    servers = by_server([rule for rule, asked in asked_of.items() if set(asked) & set(chosen)])
     for number, (flags, rules) in enumerate(servers.items(), 1):
         print(f"\nserver {number} of {len(servers)}: {' '.join(flags)}", flush=True)
         with Server(model, [*COMMON, *flags]) as server:
@@ -115,38 +56,35 @@ def measure(
                     )
 
 
-def grouped(held: list[tasks.Episode]) -> list[tuple[tuple[str, int, float], list[tasks.Episode]]]:
-    """Episodes that make one row: of a task, length and depth, in the order they come."""
-    groups: dict[tuple[str, int, float], list[tasks.Episode]] = {}
-    for episode in held:
-        groups.setdefault((episode.task, episode.length, episode.depth), []).append(episode)
-    return list(groups.items())
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="all depths and budgets, more seeds")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--full", dest="scale", action="store_const", const=FULL)
+    scale.add_argument("--small", dest="scale", action="store_const", const=SMALL)
     parser.add_argument("--only", choices=TASKS, action="append", help="tasks (default: all)")
     parser.add_argument("--model", type=Path, default=ROOT / "examples/needle_model/model")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.set_defaults(scale=DEFAULT)
     options = parser.parse_args()
     begin = time.monotonic()
-    chosen = options.only or TASKS
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "quality.csv"
     rows = []
-    for row in measure(plans(options.full), chosen, options.model, options.full):
+    for row in measure(options.scale, options.only or TASKS, options.model):
         rows.append(row)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(rows)
-    digests.study(options.model, options.out)
+    digests.study(options.model, options.out, options.scale.haystack)
     minutes = round((time.monotonic() - begin) / 60, 1)
     (options.out / "quality.json").write_text(
-        json.dumps({**conditions(), "full": options.full, "minutes": minutes}, indent=1) + "\n"
+        json.dumps({**conditions(), "minutes": minutes}, indent=1) + "\n"
     )
-    print(f"\n{report.write(options.out, ROOT / 'docs')}")
+    print(f"\n{report.write(options.out, options.docs)}")
     return 0
 
 

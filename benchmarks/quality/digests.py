@@ -24,7 +24,7 @@ from quality import tasks
 PAGE, MOST = 32, 40
 
 
-def record(model_path: Path, asked: int) -> list[dict[str, torch.Tensor]]:
+def record(model_path: Path, length: int, contexts: int) -> list[dict[str, torch.Tensor]]:
     """Queries of answer tokens and all keys of each layer: ``[tokens, heads, head_dim]``."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     found: list[dict[str, torch.Tensor]] = []
@@ -33,7 +33,7 @@ def record(model_path: Path, asked: int) -> list[dict[str, torch.Tensor]]:
         module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        found.append({"q": q[0].transpose(0, 1), "k": k[0].transpose(0, 1)})
+        found.append({name: x[0].transpose(0, 1).contiguous() for name, x in (("q", q), ("k", k))})
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )
@@ -43,9 +43,13 @@ def record(model_path: Path, asked: int) -> list[dict[str, torch.Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=torch.float32, attn_implementation="record"
     ).eval()
-    episodes = [e for e in tasks.many(text.Writer(tokenizer), 0, asked) if e.task == "path"]
+    writer = text.Writer(tokenizer)
+    paths = [
+        [e for e in tasks.many(writer, length, seed, asked=2) if e.task == "path"][:2]
+        for seed in range(contexts)
+    ]
     layers: list[dict[str, torch.Tensor]] = []
-    for episode in episodes[:2]:
+    for episode in (episode for some in paths for episode in some):
         turn = episode.turns[0]
         answer = " ".join(turn.expected)
         messages = [{"role": "user", "content": turn.message}]
@@ -82,7 +86,7 @@ def overlaps(part: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         built = torch.cat([built, built[:1]])
         for reduce in HEAD_REDUCES:
             scores = score_pages(
-                query.contiguous(), built, torch.full((pages + 1,), -1, dtype=torch.int32), table,
+                query, built, torch.full((pages + 1,), -1, dtype=torch.int32), table,
                 counts, ALL_SEALED, head_reduce=reduce, scaling=scaling,
             )[:, :pages]  # fmt: skip
             guess = scores.argsort(dim=1, descending=True)
@@ -100,11 +104,11 @@ def overlaps(part: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-def study(model: Path, out: Path, asked: int = 4) -> None:
+def study(model: Path, out: Path, length: int, contexts: int = 2) -> None:
     """Write ``digests.csv``: layer, digest, head_reduce, k, overlap; the mean over contexts."""
     print("\ndigest study ...", flush=True)
     total: dict[tuple[Any, ...], list[float]] = {}
-    for part in record(model, asked):
+    for part in record(model, length, contexts):
         for row in overlaps(part):
             key = (row["layer"], row["digest"], row["head_reduce"], row["k"])
             total.setdefault(key, []).append(row["overlap"])

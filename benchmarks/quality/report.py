@@ -80,6 +80,15 @@ def of(rows: list[Row], rule: tuple[str, int]) -> list[Row]:
     return [row for row in rows if (row["name"], row["budget"]) == rule]
 
 
+def lengths_table(rows: list[Row]) -> str:
+    """Full attention by context length."""
+    rows = [row for row in rows if row["task"] == "lengths"]
+    return table(
+        ["full attention at", *(f"{row['length']:,} tokens" for row in rows)],
+        [["right answers", *(score([row]) for row in rows)]],
+    )
+
+
 def passkey_table(rows: list[Row]) -> str:
     """Rules by context length, over all depths (ArkVale, Table 1)."""
     rows = [row for row in rows if row["task"] == "passkey"]
@@ -199,6 +208,7 @@ def write(results: Path, docs: Path) -> Path:
             page.read_text(),
             {
                 "conditions": lambda: machine_line(about),
+                "lengths": lambda: lengths_table(rows),
                 "passkey": lambda: passkey_table(rows),
                 "moving": lambda: moving_table(rows),
                 "variants": lambda: moving_table(

@@ -1,5 +1,6 @@
 """What is asked: chats whose answers stand somewhere in a long context.
 
+* ``lengths``: many facts in contexts of 1K to 32K tokens, to see what the model itself can do;
 * ``passkey``: one fact in filler, at a depth (ArkVale, Table 1);
 * ``needle``: many facts, one asked;
 * ``sequence``: the same, several asked one after the other in one chat;
@@ -16,8 +17,6 @@ from dataclasses import dataclass, replace
 
 from needle_model import text
 
-PASSKEY_LENGTHS = (10_000, 20_000, 30_000)
-HAYSTACK = 16_000
 CODES, PATHS, HOPS = 27, 6, 5
 QUESTION_TOKENS = 24
 
@@ -62,7 +61,17 @@ def passkey(
         yield Episode("passkey", length, depth, (_after(context, _question(code)),))
 
 
-def many(writer: text.Writer, seed: int, asked: int) -> Iterator[Episode]:
+def lengths(writer: text.Writer, length: int, seed: int, asked: int) -> Iterator[Episode]:
+    """As many facts as fill half of the context, at most as there are subjects, some asked."""
+    rng = random.Random(f"{length} {seed}")
+    codes = text.codes(rng, text.subjects(rng, min(text.MOST_SUBJECTS, length // 25)))
+    spread = [(rng.random(), code.sentence) for code in codes]
+    context = writer.context(rng, length - QUESTION_TOKENS, spread)
+    for code in codes[:asked]:
+        yield Episode("lengths", length, -1, (_after(context, _question(code)),))
+
+
+def many(writer: text.Writer, length: int, seed: int, asked: int) -> Iterator[Episode]:
     """Tasks over one context of codes and paths: ``needle``, ``sequence`` and ``path``."""
     rng = random.Random(seed)
     names = text.subjects(rng, CODES + PATHS * (HOPS + 1))
@@ -71,17 +80,17 @@ def many(writer: text.Writer, seed: int, asked: int) -> Iterator[Episode]:
     paths = [text.path(rest[i::PATHS]) for i in range(PATHS)]
     facts = [*codes, *(link for path in paths for link in path)]
     spread = [(rng.random(), fact.sentence) for fact in facts]
-    context = writer.context(rng, HAYSTACK - QUESTION_TOKENS, spread)
+    context = writer.context(rng, length - QUESTION_TOKENS, spread)
     for code in rng.sample(codes, asked):
-        yield Episode("needle", HAYSTACK, -1, (_after(context, _question(code)),))
+        yield Episode("needle", length, -1, (_after(context, _question(code)),))
     for _ in range(2):
         first, *others = rng.sample(codes, asked // 2)
         turns = (_after(context, _question(first)), *map(_question, others))
-        yield Episode("sequence", HAYSTACK, -1, turns)
+        yield Episode("sequence", length, -1, turns)
     for path in paths:
         question = text.LINK_QUESTIONS[0].format(subject=path[0].subject)
         turn = Turn(question, text.follow(path), tuple(link.sentence for link in path))
-        yield Episode("path", HAYSTACK, -1, (_after(context, turn),))
+        yield Episode("path", length, -1, (_after(context, turn),))
 
 
 def chat(writer: text.Writer, seed: int, turns: int = 16, tokens: int = 700) -> Iterator[Episode]:

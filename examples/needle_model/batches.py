@@ -23,6 +23,8 @@ NEAR = 64
 MOST_GAPS = 8
 ALPHABETS = (8, 16, 32, 256)
 """Different tokens in a random sequence."""
+Drawn = tuple[list[int], list[int], list[float], list[bool]]
+"""Tokens, positions, weights and targets of one sequence."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,13 @@ class Sequences:
             torch.tensor(targets),
         )
 
-    def _repeated(self, length: int) -> tuple[list[int], list[int], list[float], list[bool]]:
+    def _repeated(self, length: int) -> Drawn:
+        """Random tokens, then the same again.
+
+        The distance is the same in all sequences of a length, so heads that look back by position
+        suffice, and they come first; with a random distance, seed 0 still missed half of the facts
+        after 4,200 steps.
+        """
         half = length // 2
         # Few different tokens make pairs ambiguous, so that longer contexts must be matched, as
         # facts about many subjects ask.
@@ -102,7 +110,7 @@ class Sequences:
         again = [False] * (half + 1) + [True] * (half - 1)
         return once * 2, list(range(2 * half)), [0.0] * (2 * half), again
 
-    def _listed(self, length: int) -> tuple[list[int], list[int], list[float], list[bool]]:
+    def _listed(self, length: int) -> Drawn:
         """Facts without filler, then the same again in another order: the densest exercise."""
         names = text.subjects(self.rng, min(length // 10, text.MOST_SUBJECTS))
         codes = text.codes(self.rng, names)
@@ -123,7 +131,7 @@ class Sequences:
         tokens += self._encode(END) * rest
         return tokens, list(range(length)), [0.0] * length, targets + [False] * rest
 
-    def _chat(self, length: int, far: bool) -> tuple[list[int], list[int], list[float], list[bool]]:
+    def _chat(self, length: int, far: bool) -> Drawn:
         total = length
         if far:
             total = int(length * (self._context / length) ** self.rng.random())

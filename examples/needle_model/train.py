@@ -123,10 +123,10 @@ class Trainer:
         if self._file.exists():
             self._load()
 
-    def run(self) -> None:
-        """Train to the end of the last stage, from wherever the checkpoint stands."""
+    def run(self, steps: int) -> None:
+        """Train from wherever the checkpoint stands to the end of the last stage, or to a step."""
         body = torch.compile(self.model.model)
-        while self.stage < len(STAGES):
+        while self.stage < len(STAGES) and self.step < steps:
             stage = STAGES[self.stage]
             losses, right, asked, begin = 0.0, 0, 0, time.monotonic()
             for _ in range(EVERY):
@@ -228,9 +228,10 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=HERE.parents[1] / "build/needle_training")
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=sys.maxsize, help="stop here, if not before")
     options = parser.parse_args()
     trainer = Trainer(options.state, options.seed)
-    trainer.run()
+    trainer.run(options.steps)
     trainer.export(options.out)
     return 0
 

@@ -16,10 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from quality import report
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BY = {
-    "make demo": "test_the_demo_evicts_recalls_and_agrees_with_stock",
+    "make demo": "test_the_demo_evicts_recalls_and_answers_right",
     "make serve": "test_serve_prints_a_curl_line_that_works",
+    "make quality": "test_the_quality_command_fills_its_page_from_its_csv",
+    "make needle-model": "test_training_stops_resumes_and_exports",
+    "python benchmarks/evaluate.py": "test_lm_eval_runs_on_both_policies",
     "make bench-smoke": "test_the_smoke_benchmark_writes_its_result",
     "python benchmarks/gpu_check.py": "test_the_gpu_check_is_right_in_the_interpreter",
     "python benchmarks/gpu_e2e.py": "the CPU run in tests/e2e/test_gpu_scripts.py",
@@ -36,7 +41,7 @@ def commands_in(text: str) -> list[str]:
     return [line for line in lines if re.match(r"(make|pip|python3?|arkvale|curl) ", line)]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/quality.md"])
 def test_documents_name_only_commands_that_are_run(document):
     for command in commands_in((ROOT / document).read_text()):
         assert any(command.startswith(known) for known in RUN_BY), command
@@ -53,11 +58,69 @@ def run(*command: str, seconds: float) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_demo_evicts_recalls_and_agrees_with_stock():
+def test_the_demo_evicts_recalls_and_answers_right():
     done = run("make", "demo", f"PYTHON={sys.executable}", seconds=280)
     assert done.returncode == 0, done.stdout[-3000:]
-    for word in ("--kv-policy arkvale", "pages recalled", "hit rate", "answers are the same"):
+    for word in ("--kv-policy arkvale", "pages recalled", "hit rate", "8 of 8 codes of the first"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize("flags", [("--arkvale-recall-cap", "0"), ("--arkvale-selection", "h2o")])
+def test_without_recall_the_same_chats_forget_their_first_turn(flags):
+    done = run(sys.executable, "examples/demo.py", *flags, seconds=280)
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert "an answer is wrong" in done.stdout
+    right = int(re.search(r"(\d) of 8 codes of the first turn", done.stdout)[1])
+    assert right < 6 and "12 of 12 recent codes are right" in done.stdout
+
+
+def test_the_quality_command_fills_its_page_from_its_csv(tmp_path):
+    (tmp_path / "quality.md").write_text((ROOT / "docs/quality.md").read_text())
+    done = run(
+        "make", "quality", f"PYTHON={sys.executable}",
+        f"ARGS=--small --out {tmp_path} --docs {tmp_path}", seconds=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = {
+        (row["task"], row["name"]): int(row["right"]) / int(row["asked"])
+        for row in report.read(tmp_path / "quality.csv")
+    }
+    assert rows["lengths", "full"] >= 0.98
+    assert rows["path", "arkvale"] == rows["path", "full"] == 1
+    assert rows["path", "streaming"] < 0.8
+    page = (tmp_path / "quality.md").read_text()
+    assert "| arkvale | 512 | 100 % " in page
+    assert {path.name for path in tmp_path.glob("images/*.png")} == {
+        f"quality_{name}.png" for name in ("moving", "passkey", "recalls", "overlap")
+    }
+
+
+def test_training_stops_resumes_and_exports(tmp_path):
+    training = ("make", "needle-model", f"PYTHON={sys.executable}")
+    places = f"--state {tmp_path / 'state'} --out {tmp_path / 'model'}"
+    first = run(*training, f"ARGS={places} --steps 50", seconds=120)
+    again = run(*training, f"ARGS={places} --steps 100", seconds=120)
+    assert first.returncode == again.returncode == 0, first.stdout[-2000:] + again.stdout[-2000:]
+    assert "resuming at step 50" in again.stdout
+    curve = report.read(tmp_path / "model/curve.csv")
+    assert [row["step"] for row in curve] == [50, 100] and curve[1]["loss"] < curve[0]["loss"]
+    assert (tmp_path / "model/model.safetensors").stat().st_size < 10 * 2**20
+
+
+def test_lm_eval_runs_on_both_policies(tmp_path):
+    out = tmp_path / "results.json"
+    model = "examples/needle_model/model"
+    done = run(
+        sys.executable, "benchmarks/evaluate.py", "--model-path", model, "--tasks", "needle",
+        "--lengths", "2000", "--limit", "6", "--chat", "--out", str(out), "--dtype", "float32",
+        "--arkvale-budget", "512", "--arkvale-device-tokens", "1024", "--arkvale-host-memory",
+        "0.25", seconds=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("needle "))
+    assert line.split()[1:3] == ["found", "6"] and line.count("1.000") == 2
+    results = json.loads(out.read_text())["results"]
+    assert [results[side]["needle"]["found,none"] for side in ("full", "arkvale")] == [1.0, 1.0]
 
 
 def test_the_gpu_check_is_right_in_the_interpreter(tmp_path):

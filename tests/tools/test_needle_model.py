@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from needle_model import text
 from needle_model.batches import NEAR, Sequences
-from needle_model.tokenizer import ASSISTANT, END, build_tokenizer
-from needle_model.train import STANDS_FOR, found, new_model
+from needle_model.tokenizer import ASSISTANT, END, build_tokenizer, save_tokenizer
+from needle_model.train import CONTEXT, STAGES, STANDS_FOR, found, new_model
 
 LENGTHS = (64, 128, 512)
+MODEL = Path(__file__).resolve().parents[2] / "examples/needle_model/model"
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +107,43 @@ def test_an_answer_counts_when_all_of_it_is_right(tokenizer):
 def test_the_model_is_small_enough_to_commit(tokenizer):
     model = new_model(len(tokenizer))
     assert sum(weight.numel() for weight in model.parameters()) * 2 < 10 * 2**20
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def test_the_committed_model_is_what_its_curve_ends_in():
+    assert (MODEL / "model.safetensors").stat().st_size < 10 * 2**20
+    with (MODEL / "curve.csv").open(newline="") as file:
+        curve = list(csv.DictReader(file))
+    assert int(curve[-1]["length"]) == STAGES[-1].length and float(curve[-1]["found"]) > 0.98
+    assert json.loads((MODEL / "recipe.json").read_text())["steps"] == int(curve[-1]["step"])
+
+
+def test_the_committed_tokenizer_is_the_one_of_the_recipe(tmp_path):
+    save_tokenizer(tmp_path, CONTEXT)
+    for made in tmp_path.iterdir():
+        assert (MODEL / made.name).read_text() == made.read_text(), made.name
+
+
+def test_the_committed_model_answers_from_its_text(committed):
+    """Facts of two kinds, asked in turn, in a text of 1,500 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rng = random.Random(11)
+    names = text.subjects(rng, 24)
+    codes, links = text.codes(rng, names[:20]), text.path(names[20:])
+    facts = [(rng.random(), fact.sentence) for fact in (*codes, *links)]
+    told = text.Writer(tokenizer).context(rng, 1500, facts)
+    for question, answer in [
+        *((f"what is the code of the {code.subject}?", code.sentence) for code in codes[:6]),
+        (f"who is the neighbour of the {links[0].subject}?", text.follow(links)),
+    ]:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{told} {question}"}],
+            add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        said = committed.generate(**prompt, max_new_tokens=64, do_sample=False)[0]
+        new = tokenizer.decode(said[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert new.strip() == answer

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
 from needle_model import text
 from needle_model.tokenizer import build_tokenizer
 from quality import report, tasks
-from quality.__main__ import plans
+from quality.plan import COMPARED, DEFAULT, DROPPING, FULL, SMALL, plans
 from quality.servers import CONTEXT, Rule, by_server
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results"
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,12 @@ def test_passkeys_differ_by_their_place_alone(writer):
 
 
 def test_every_expected_answer_stands_in_the_chat(writer):
-    episodes = [*tasks.many(writer, 0, asked=4), *tasks.chat(writer, 0)]
-    assert {e.task for e in episodes} == {"needle", "sequence", "path", "chat"}
+    episodes = [
+        *tasks.lengths(writer, 1000, 0, 3),
+        *tasks.many(writer, 4000, 0, asked=4),
+        *tasks.chat(writer, 0),
+    ]
+    assert {e.task for e in episodes} == {"lengths", "needle", "sequence", "path", "chat"}
     for episode in episodes:
         said = " ".join(turn.message for turn in episode.turns)
         for turn in episode.turns:
@@ -60,8 +68,8 @@ def test_rules_of_equal_servers_share_one():
 
 
 def test_the_plan_compares_every_digest_group_and_reduction():
-    rules = [plan.rule for plan in plans(full=False)]
-    assert len(set(rules)) == len(rules)
+    rules = list(plans(DEFAULT))
+    assert set(plans(SMALL)) < set(rules) < set(plans(FULL))
     assert {rule.digest for rule in rules} == {
         "cuboid-mean", "cuboid-max", "cuboid-center", "mean-std",
     }  # fmt: skip
@@ -87,3 +95,47 @@ def test_the_page_is_filled_and_nothing_else_of_it_changes():
         report.fill(page, {"x": str, "y": str})
     with pytest.raises(ValueError, match="marks 'x', which nothing fills"):
         report.fill(page, {})
+
+
+@pytest.fixture(scope="module")
+def results():
+    return report.read(RESULTS / "quality.csv")
+
+
+def share(results, task: str, rule: str, budget: int, length: int | None = None) -> float:
+    own = [
+        row for row in report.of(results, (rule, budget))
+        if row["task"] == task and length in (None, row["length"])
+    ]  # fmt: skip
+    right, asked = report.total(own, "right", "asked")
+    return right / asked
+
+
+def test_the_page_is_what_its_csv_makes_of_it(tmp_path):
+    page = (ROOT / "docs/quality.md").read_text()
+    (tmp_path / "quality.md").write_text(page)
+    assert report.write(RESULTS, tmp_path).read_text() == page
+    for plot in tmp_path.glob("images/*.png"):
+        assert (ROOT / "docs/images" / plot.name).exists()
+        assert f"images/{plot.name}" in page
+
+
+def test_full_attention_knows_the_answers_at_every_length(results):
+    for length in DEFAULT.lengths:
+        assert share(results, "lengths", "full", 0, length) >= 0.98
+
+
+def test_the_page_may_say_that_recall_keeps_the_answers(results):
+    for length in DEFAULT.passkeys:
+        assert share(results, "passkey", "arkvale", 512, length) >= 0.95
+    for task in COMPARED:
+        full, kept = share(results, task, "full", 0), share(results, task, "arkvale", 1024)
+        assert kept >= full - 0.01, task
+
+
+@pytest.mark.parametrize("rule", DROPPING)
+@pytest.mark.parametrize("budget", DEFAULT.dropping_budgets)
+def test_the_page_may_say_that_rules_that_drop_forget(results, rule, budget):
+    for task in ("path", "chat"):
+        kept, dropped = (share(results, task, r, budget) for r in ("arkvale", rule))
+        assert dropped < kept - 0.2, task
