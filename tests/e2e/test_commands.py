@@ -21,6 +21,7 @@ from quality import report
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BY = {
     "make demo": "test_the_demo_evicts_recalls_and_answers_right",
+    ".venv/bin/python examples/demo.py": "test_without_recall_the_same_chats_forget_their_first_turn",
     "make serve": "test_serve_prints_a_curl_line_that_works",
     "make quality": "test_the_quality_command_fills_its_page_from_its_csv",
     "make needle-model": "test_training_stops_resumes_and_exports",
@@ -38,7 +39,7 @@ RUN_BY = {
 def commands_in(text: str) -> list[str]:
     """Indented or fenced lines that look like a command."""
     lines = (line.strip() for line in text.splitlines() if line.startswith("    "))
-    return [line for line in lines if re.match(r"(make|pip|python3?|arkvale|curl) ", line)]
+    return [line for line in lines if re.match(r"(make|pip|(\.venv/bin/)?python3?|arkvale|curl) ", line)]
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/quality.md"])
