@@ -31,7 +31,7 @@ from arkvale_kernels.select import reference as select_reference
 from arkvale_kernels.transfer import kernel as transfer
 from arkvale_kernels.transfer import reference as transfer_reference
 
-KIND = "cuboid-mean"
+KIND = "cuboid-center"
 
 
 @dataclasses.dataclass(frozen=True)

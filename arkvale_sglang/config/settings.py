@@ -42,11 +42,14 @@ class ArkValeConfig:
     sink_pages: int = 2
     window_pages: int = 2
     """Most recent pages, always attended; counts the page being written."""
-    digest: str = "cuboid-mean"
+    digest: str = "cuboid-center"
+    """Of those that find a fact at a tight budget the one that loses least; the paper prefers
+    cuboid-mean (``docs/quality.md`` compares them)."""
     digest_dtype: str = "auto"
     """``auto`` stores digests as the keys are, ``fp8`` in half or a quarter of the bytes."""
     head_groups: int = 1
-    """Lanes per layer: groups of KV heads that choose their own pages."""
+    """Lanes per layer: groups of KV heads that choose their own pages.  More than one recalls more
+    and found no more (``docs/quality.md``)."""
     head_reduce: str = "mean"
     selection: str = "recall"
     """``recall`` chooses anew in every step; ``streaming`` (sinks and the latest pages),

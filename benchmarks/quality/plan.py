@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES, SELECTIONS
 from needle_model import text
@@ -29,18 +30,20 @@ class Scale:
     depths: tuple[float, ...] = (0.0, 0.19, 0.38, 0.57, 0.76, 0.95)
     passkey_seeds: int = 1
     haystack: int = 16_000
-    seeds: int = 2
+    seeds: int = 3
     asked: int = 16
     chats: int = 6
     dropping_budgets: tuple[int, ...] = (TIGHT, ROOMY)
-    variants: tuple[str, ...] = MOVING
+    variants: tuple[str, ...] = ("needle", "path", "chat")
     """Tasks that digests, groups and head reductions are compared on; none: no comparison."""
+    grid: bool = False
+    """Whether every head reduction is combined with groups of heads, too."""
 
 
 DEFAULT = Scale()
 FULL = Scale(
-    depths=tuple(d / 20 for d in range(20)), passkey_seeds=4, seeds=4, chats=12,
-    dropping_budgets=BUDGETS, variants=COMPARED,
+    depths=tuple(d / 20 for d in range(20)), passkey_seeds=4, seeds=6, chats=12,
+    dropping_budgets=BUDGETS, variants=COMPARED, grid=True,
 )  # fmt: skip
 SMALL = Scale(
     lengths=(1_000,), passkeys=(4_000,), depths=(0.0, 0.95), haystack=4_000, seeds=1, asked=4,
@@ -59,14 +62,9 @@ def plans(scale: Scale) -> dict[Rule, tuple[str, ...]]:
             found[Rule(selection, budget, selection)] = COMPARED
     if not scale.variants:
         return found
-    default = Rule("arkvale", TIGHT)
-    variants = [
-        *(dataclasses.replace(default, name=digest, digest=digest) for digest in DIGESTS),
-        *(dataclasses.replace(default, name=f"reduce {r}", head_reduce=r) for r in HEAD_REDUCES),
-        dataclasses.replace(default, name="groups 2", groups=2),
-    ]
-    for rule in variants:
-        if dataclasses.replace(rule, name=default.name) != default:
+    for digest, groups, reduce in itertools.product(DIGESTS, (1, 2), HEAD_REDUCES):
+        rule = Rule("variant", TIGHT, digest=digest, groups=groups, head_reduce=reduce)
+        if scale.grid or groups == 1 or reduce == HEAD_REDUCES[0]:
             found[rule] = scale.variants
     for budget in BUDGETS:
         for top_k in TOP_K:

@@ -21,6 +21,7 @@ def draw(rows: list[Row], overlaps: list[Row], docs: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _moving(rows, folder / "quality_moving.png")
     _passkey(rows, folder / "quality_passkey.png")
+    _variants(rows, folder / "quality_variants.png")
     _recalls(rows, folder / "quality_recalls.png")
     _overlap(overlaps, folder / "quality_overlap.png")
 
@@ -56,6 +57,18 @@ def _moving(rows: list[Row], path: Path) -> None:
     axes.set_xticks([place + 0.4 for place in range(len(report.MOVING))], report.MOVING)
     axes.set_ylabel("right answers, %")
     axes.legend(fontsize=7, ncols=4)
+    _save(figure, path)
+
+
+def _variants(rows: list[Row], path: Path) -> None:
+    found = report.variants(rows)[::-1]
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for place, (variant, own) in enumerate(found):
+        share, below, above = _shares(own)
+        axes.barh(place, share, xerr=[[below], [above]], color=f"C{variant[1] - 1}")
+    names = [f"{d}, {g} group{'s' * (g > 1)}, {reduce}" for (d, g, reduce), _ in found]
+    axes.set_yticks(range(len(found)), names, fontsize=7)
+    axes.set_xlabel("right answers at a budget of 512, %")
     _save(figure, path)
 
 

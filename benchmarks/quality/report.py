@@ -106,28 +106,62 @@ def passkey_table(rows: list[Row]) -> str:
     )
 
 
-def moving_table(rows: list[Row], names: Iterable[str] = MAIN) -> str:
+def moving_table(rows: list[Row]) -> str:
     """Rules by task, with what recall did."""
     rows = [row for row in rows if row["task"] in MOVING]
-    body = []
-    for rule in rules(rows, names):
-        own = of(rows, rule)
-        steps, pages, moved, hits, misses = total(
-            own, "steps", "recalled", "bytes_recalled", "hits", "misses"
-        )
-        body.append(
-            [
-                rule[0],
-                rule[1] or "all",
-                *(score(row for row in own if row["task"] == task) for task in MOVING),
-                f"{pages / max(1, steps):.2f}",
-                f"{moved / max(1, steps) / 1024:.1f}",
-                f"{100 * hits / max(1, hits + misses):.1f} %",
-            ]
-        )
     return table(
-        ["rule", "budget", *MOVING, "pages recalled per step", "KiB per step", "hit rate"], body
+        ["rule", "budget", *MOVING, *TRAFFIC],
+        (
+            [rule[0], rule[1] or "all", *_scores_and_traffic(of(rows, rule), MOVING)]
+            for rule in rules(rows, MAIN)
+        ),
     )
+
+
+Variant = tuple[str, int, str]
+"""Digest, groups, head reduction."""
+
+
+def variants(rows: list[Row]) -> list[tuple[Variant, list[Row]]]:
+    """Rows by digest, groups and head reduction, from the best."""
+    found: dict[Variant, list[Row]] = {}
+    for row in rows:
+        if row["name"] == "variant":
+            key = (row["digest"], row["groups"], row["head_reduce"])
+            found.setdefault(key, []).append(row)
+
+    def share(item: tuple[Variant, list[Row]]) -> float:
+        right, asked = total(item[1], "right", "asked")
+        return right / asked
+
+    return sorted(found.items(), key=share, reverse=True)
+
+
+def variants_table(rows: list[Row]) -> str:
+    """Digests, groups and head reductions by task, with what recall did."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["name"] == "variant"))
+    return table(
+        ["digest", "groups", "head reduction", "all", *tasks, *TRAFFIC],
+        (
+            [*variant, score(own), *_scores_and_traffic(own, tasks)]
+            for variant, own in variants(rows)
+        ),
+    )
+
+
+TRAFFIC = ("pages recalled per step", "KiB per step", "hit rate")
+
+
+def _scores_and_traffic(own: list[Row], tasks: Iterable[str]) -> list[str]:
+    steps, pages, moved, hits, misses = total(
+        own, "steps", "recalled", "bytes_recalled", "hits", "misses"
+    )
+    return [
+        *(score(row for row in own if row["task"] == task) for task in tasks),
+        f"{pages / max(1, steps):.2f}",
+        f"{moved / max(1, steps) / 1024:.1f}",
+        f"{100 * hits / max(1, hits + misses):.1f} %",
+    ]
 
 
 def recall_table(rows: list[Row]) -> str:
@@ -202,7 +236,6 @@ def write(results: Path, docs: Path) -> Path:
 
     plots.draw(rows, overlaps, docs)
     page = docs / "quality.md"
-    others = [name for name in dict.fromkeys(row["name"] for row in rows) if name not in MAIN]
     page.write_text(
         fill(
             page.read_text(),
@@ -211,10 +244,7 @@ def write(results: Path, docs: Path) -> Path:
                 "lengths": lambda: lengths_table(rows),
                 "passkey": lambda: passkey_table(rows),
                 "moving": lambda: moving_table(rows),
-                "variants": lambda: moving_table(
-                    [r for r in rows if r["budget"] == 512],
-                    ["arkvale", *(name for name in others if name != "top-k")],
-                ),
+                "variants": lambda: variants_table(rows),
                 "recalls": lambda: recall_table(rows),
                 "overlap": lambda: digest_table(overlaps),
             },

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from arkvale_sglang.cli.launch import Server
+from arkvale_sglang.config.settings import ArkValeConfig
 from quality.tasks import Episode, Turn
 
 CONTEXT = 36_864
@@ -31,9 +32,9 @@ class Rule:
     budget: int = 0
     """Tokens; 0 attends to everything."""
     selection: str = "recall"
-    digest: str = "cuboid-mean"
-    groups: int = 1
-    head_reduce: str = "mean"
+    digest: str = ArkValeConfig.digest
+    groups: int = ArkValeConfig.head_groups
+    head_reduce: str = ArkValeConfig.head_reduce
     top_k: int | None = None
 
     @property

@@ -103,7 +103,7 @@ def test_defaults_are_those_of_the_design():
     config = ArkValeConfig()
     assert (config.budget, config.page_size, config.budget_pages) == (4096, 32, 128)
     assert (config.sink_pages, config.window_pages, config.dense_layers) == (2, 2, 2)
-    assert (config.digest, config.head_groups, config.head_reduce) == ("cuboid-mean", 1, "mean")
+    assert (config.digest, config.head_groups, config.head_reduce) == ("cuboid-center", 1, "mean")
     assert config.must_pages == 1280 // 32, "the paper's bound on recalled tokens"
     assert config.oversubscription == 1.0 and not config.check_invariants
     nones = (config.top_k, config.host_memory, config.device_tokens, config.recall_cap)

@@ -21,7 +21,7 @@ from quality import report
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BY = {
     "make demo": "test_the_demo_evicts_recalls_and_answers_right",
-    ".venv/bin/python examples/demo.py": "test_without_recall_the_same_chats_forget_their_first_turn",
+    ".venv/bin/python examples/demo.py": "test_without_recall_the_first_turn_is_forgotten",
     "make serve": "test_serve_prints_a_curl_line_that_works",
     "make quality": "test_the_quality_command_fills_its_page_from_its_csv",
     "make needle-model": "test_training_stops_resumes_and_exports",
@@ -39,7 +39,9 @@ RUN_BY = {
 def commands_in(text: str) -> list[str]:
     """Indented or fenced lines that look like a command."""
     lines = (line.strip() for line in text.splitlines() if line.startswith("    "))
-    return [line for line in lines if re.match(r"(make|pip|(\.venv/bin/)?python3?|arkvale|curl) ", line)]
+    return [
+        line for line in lines if re.match(r"(make|pip|(\.venv/bin/)?python3?|arkvale|curl) ", line)
+    ]
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/quality.md"])
@@ -67,7 +69,7 @@ def test_the_demo_evicts_recalls_and_answers_right():
 
 
 @pytest.mark.parametrize("flags", [("--arkvale-recall-cap", "0"), ("--arkvale-selection", "h2o")])
-def test_without_recall_the_same_chats_forget_their_first_turn(flags):
+def test_without_recall_the_first_turn_is_forgotten(flags):
     done = run(sys.executable, "examples/demo.py", *flags, seconds=280)
     assert done.returncode == 1, done.stdout[-3000:]
     assert "an answer is wrong" in done.stdout
@@ -92,7 +94,7 @@ def test_the_quality_command_fills_its_page_from_its_csv(tmp_path):
     page = (tmp_path / "quality.md").read_text()
     assert "| arkvale | 512 | 100 % " in page
     assert {path.name for path in tmp_path.glob("images/*.png")} == {
-        f"quality_{name}.png" for name in ("moving", "passkey", "recalls", "overlap")
+        f"quality_{name}.png" for name in ("moving", "passkey", "variants", "recalls", "overlap")
     }
 
 
