@@ -35,7 +35,7 @@ class PagedCache:
         self.attention = Attention()
         self.transfers = TransferStream(self.store.device)
         self.prefix = PrefixReader(self)
-        self.dropping = Dropping(plan, self.store.device)
+        self.dropping = Dropping(plan, config.sink_pages, self.store.device)
         self.clock = torch.zeros((), dtype=torch.int64, device=self.store.device)
         self._clock_span = 1
         self.live_pages: Callable[[], int] = lambda: plan.logical_pages

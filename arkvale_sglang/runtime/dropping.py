@@ -4,7 +4,7 @@ They stand for the policies without recall that users know, so that a comparison
 and nothing else.  Pages are their unit, digest scores their estimate of attention:
 
 * ``streaming``: sinks and the latest pages (StreamingLLM);
-* ``snapkv``: pages ranked once, by the last queries of the prompt; later pages are kept;
+* ``snapkv``: pages ranked once, by the prompt's last queries (SnapKV); later pages are kept;
 * ``h2o``: attention accumulated from those queries on; what ranks lowest is lost (H2O).
 
 Only rankings remember anything: one number per page, lane, layer and request that is being served.
@@ -24,8 +24,8 @@ from arkvale_sglang.core.sizing import PoolPlan
 from arkvale_sglang.policy.admission import selection_rule
 
 OBSERVED_TOKENS = 32
-"""Queries at the end of a prompt that rank its pages (SnapKV's observation window)."""
-ALL_SEALED = SelectionRule(budget=1, must=0, sinks=0, window=1)
+"""Most queries at the end of a prompt that rank its pages (SnapKV's observation window): those of
+its last chunk, which is shorter where nearly all of the prompt was cached."""
 
 
 class Dropping:
@@ -34,8 +34,10 @@ class Dropping:
     +inf marks pages not ranked yet, -inf pages that are lost.
     """
 
-    def __init__(self, plan: PoolPlan, device: torch.device):
+    def __init__(self, plan: PoolPlan, sink_pages: int, device: torch.device):
         self._plan, self._device = plan, device
+        # Sinks are always attended, so they take no part, here as in every step.
+        self._ranked = SelectionRule(budget=sink_pages + 1, must=0, sinks=sink_pages, window=1)
         self._importance = torch.empty(0, device=device)
 
     def prepare(self, slots: torch.Tensor, settings: Iterable[ArkValeConfig]) -> None:
@@ -74,7 +76,7 @@ class Dropping:
             layer.residency.frame_of,
             lane_pages.repeat(tokens, 1),
             torch.full((rows,), columns, dtype=torch.int32, device=query.device),
-            ALL_SEALED,
+            self._ranked,
             head_reduce="softmax-mean",
             scaling=scaling,
         )

@@ -25,38 +25,54 @@ from conditions import conditions
 from needle_model import text
 from quality import digests, report
 from quality.plan import DEFAULT, FULL, SMALL, TASKS, Scale, episodes, grouped, plans
-from quality.servers import COMMON, Examiner, by_server
+from quality.servers import COMMON, Examiner, Tally, by_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def measure(scale: Scale, chosen: Sequence[str], model: Path) -> Iterator[dict[str, object]]:
-    """Rows of the CSV, as they come."""
+    """Rows of the CSV, as they come: a rule's score on the questions about one text."""
     begin = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model)
     writer = text.Writer(tokenizer)
-    groups = [group for task in chosen for group in grouped(episodes(task, writer, scale))]
+    groups = {
+        place: held
+        for task in chosen
+        for place, held in grouped(episodes(task, writer, scale)).items()
+    }
     asked_of = plans(scale)
     servers = by_server([rule for rule, asked in asked_of.items() if set(asked) & set(chosen)])
+    rows = sum(place[0] in asked for place in groups for asked in asked_of.values())
+    row = 0
     for number, (flags, rules) in enumerate(servers.items(), 1):
         print(f"\nserver {number} of {len(servers)}: {' '.join(flags)}", flush=True)
         with Server(model, [*COMMON, *flags]) as server:
             examiner = Examiner(server, tokenizer)
-            # Rules inside, groups outside: the next rule finds the prompts in the prefix cache.
-            for (task, length, depth), held in groups:
-                for rule in (r for r in rules if task in asked_of[r]):
-                    tally = examiner.hold(held, rule)
-                    where = {"task": task, "length": length, "depth": depth}
-                    yield {**where, **dataclasses.asdict(rule), **dataclasses.asdict(tally)}
+            # Rules inside, texts outside: the next rule finds the prompts in the prefix cache.
+            for place, held in groups.items():
+                for rule in (r for r in rules if place[0] in asked_of[r]):
+                    tally = Tally()
+                    for episode in held:
+                        tally += examiner.hold(episode, rule)
+                    row += 1
+                    yield {
+                        **dict(zip(("task", "length", "context", "depth"), place, strict=True)),
+                        **dataclasses.asdict(rule),
+                        **dataclasses.asdict(tally),
+                    }
                     print(
-                        f"  {(time.monotonic() - begin) / 60:5.1f} min  {task:9s}{length:6d} "
-                        f"{depth:5.2f}  {rule.name:18s}{rule.budget:5d}  "
+                        f"  {(time.monotonic() - begin) / 60:5.1f} min  {row:4d} of {rows}  "
+                        f"{place[0]:9s}{place[1]:6d}  {rule.name:10s}{rule.budget:5d}  "
                         f"{tally.right}/{tally.asked}",
                         flush=True,
                     )
 
 
-def main() -> int:
+def options() -> argparse.Namespace:
+    """What was asked for.
+
+    A part of the whole does not go where the whole is kept.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -68,23 +84,35 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.set_defaults(scale=DEFAULT)
-    options = parser.parse_args()
+    chosen = parser.parse_args()
+    kept = (parser.get_default("out"), parser.get_default("docs"))
+    if (chosen.only or chosen.scale is SMALL) and (chosen.out in kept or chosen.docs in kept):
+        parser.error(
+            "--small and --only measure a part, which would replace the whole in docs/quality.md; "
+            "name other folders with --out and --docs (with a copy of quality.md in it)"
+        )
+    return chosen
+
+
+def main() -> int:
+    chosen = options()
     begin = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "quality.csv"
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    part = chosen.out / "quality.csv.part"
     rows = []
-    for row in measure(options.scale, options.only or TASKS, options.model):
+    for row in measure(chosen.scale, chosen.only or TASKS, chosen.model):
         rows.append(row)
-        with path.open("w", newline="") as file:
+        with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(rows)
-    digests.study(options.model, options.out, options.scale.haystack)
+    digests.study(chosen.model, chosen.out, chosen.scale.haystack, chosen.scale.seeds)
+    part.replace(chosen.out / "quality.csv")
     minutes = round((time.monotonic() - begin) / 60, 1)
-    (options.out / "quality.json").write_text(
+    (chosen.out / "quality.json").write_text(
         json.dumps({**conditions(), "minutes": minutes}, indent=1) + "\n"
     )
-    print(f"\n{report.write(options.out, options.docs)}")
+    print(f"\n{report.write(chosen.out, chosen.docs)}")
     return 0
 
 

@@ -1,57 +1,21 @@
 """Tables and plots of ``docs/quality.md``, from the CSV files that the command wrote.
 
 The page is prose with marked places; between ``<!-- name -->`` and ``<!-- end -->`` stands what is
-made here, so that no number on the page is typed.
+made here, so that no result on the page is typed.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-MAIN = ("full", "arkvale", "streaming", "snapkv", "h2o")
-MOVING = ("needle", "sequence", "path", "chat")
-
-
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson score)."""
-    if not asked:
-        return 0.0, 1.0
-    share, square = right / asked, z * z
-    middle = (share + square / (2 * asked)) / (1 + square / asked)
-    half = (
-        z
-        / (1 + square / asked)
-        * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
-    )
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a CSV with numbers as numbers."""
-
-    def value(text: str) -> Any:
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-        return text
-
-    with path.open(newline="") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
-def total(rows: Iterable[Row], *names: str) -> list[int]:
-    """Sums of columns."""
-    rows = list(rows)
-    return [sum(row[name] for row in rows) for name in names]
+from arkvale_sglang.config.settings import ArkValeConfig
+from quality import plots
+from quality.results import MAIN, MOVING, Row, of, read, rules, total, variants, wilson
+from quality.servers import Rule
 
 
 def score(rows: Iterable[Row]) -> str:
@@ -70,98 +34,98 @@ def table(head: Iterable[str], body: Iterable[Iterable[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def rules(rows: list[Row], names: Iterable[str]) -> list[tuple[str, int]]:
-    names = list(names)
-    found = {(row["name"], row["budget"]) for row in rows if row["name"] in names}
-    return sorted(found, key=lambda rule: (names.index(rule[0]), rule[1]))
-
-
-def of(rows: list[Row], rule: tuple[str, int]) -> list[Row]:
-    return [row for row in rows if (row["name"], row["budget"]) == rule]
-
-
 def lengths_table(rows: list[Row]) -> str:
     """Full attention by context length."""
     rows = [row for row in rows if row["task"] == "lengths"]
+    lengths = sorted({row["length"] for row in rows})
     return table(
-        ["full attention at", *(f"{row['length']:,} tokens" for row in rows)],
-        [["right answers", *(score([row]) for row in rows)]],
+        ["full attention at", *(f"{length:,} tokens" for length in lengths)],
+        [["right answers", *(score(r for r in rows if r["length"] == n) for n in lengths)]],
     )
 
 
 def passkey_table(rows: list[Row]) -> str:
-    """Rules by context length, over all depths (ArkVale, Table 1)."""
+    """Rules by context length, over all depths (ArkVale, Table 1), with what recall did."""
     rows = [row for row in rows if row["task"] == "passkey"]
     lengths = sorted({row["length"] for row in rows})
+
+    def line(rule: tuple[str, int]) -> list[Any]:
+        own = of(rows, rule)
+        scores = (score(row for row in own if row["length"] == n) for n in lengths)
+        return [rule[0], rule[1] or "all", *scores, *_traffic(own)]
+
     return table(
-        ["rule", "budget", *(f"{length:,} tokens" for length in lengths)],
-        (
-            [
-                rule[0],
-                rule[1] or "all",
-                *(score(r for r in of(rows, rule) if r["length"] == n) for n in lengths),
-            ]
-            for rule in rules(rows, MAIN)
-        ),
+        ["rule", "budget", *(f"{length:,} tokens" for length in lengths), *TRAFFIC],
+        map(line, rules(rows, MAIN)),
     )
 
 
 def moving_table(rows: list[Row]) -> str:
-    """Rules by task, with what recall did."""
+    """Rules by task."""
     rows = [row for row in rows if row["task"] in MOVING]
     return table(
-        ["rule", "budget", *MOVING, *TRAFFIC],
+        ["rule", "budget", *MOVING],
+        ([rule[0], rule[1] or "all", *_by_task(of(rows, rule))] for rule in rules(rows, MAIN)),
+    )
+
+
+def traffic_table(rows: list[Row]) -> str:
+    """What recall did for each task."""
+    rows = [row for row in rows if row["task"] in MOVING and row["name"] == "arkvale"]
+    found = [(rule, task) for rule in rules(rows, MAIN) for task in MOVING]
+    return table(
+        ["budget", "frames hold", "task", *TRAFFIC],
         (
-            [rule[0], rule[1] or "all", *_scores_and_traffic(of(rows, rule), MOVING)]
-            for rule in rules(rows, MAIN)
+            [
+                rule[1],
+                Rule(*rule).device_tokens,
+                task,
+                *_traffic([row for row in of(rows, rule) if row["task"] == task]),
+            ]
+            for rule, task in found
         ),
     )
 
 
-Variant = tuple[str, int, str]
-"""Digest, groups, head reduction."""
-
-
-def variants(rows: list[Row]) -> list[tuple[Variant, list[Row]]]:
-    """Rows by digest, groups and head reduction, from the best."""
-    found: dict[Variant, list[Row]] = {}
-    for row in rows:
-        if row["name"] == "variant":
-            key = (row["digest"], row["groups"], row["head_reduce"])
-            found.setdefault(key, []).append(row)
-
-    def share(item: tuple[Variant, list[Row]]) -> float:
-        right, asked = total(item[1], "right", "asked")
-        return right / asked
-
-    return sorted(found.items(), key=share, reverse=True)
-
-
 def variants_table(rows: list[Row]) -> str:
     """Digests, groups and head reductions by task, with what recall did."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows if row["name"] == "variant"))
+    found = variants(rows)
+    tasks = list(dict.fromkeys(row["task"] for _, own in found for row in own))
     return table(
         ["digest", "groups", "head reduction", "all", *tasks, *TRAFFIC],
-        (
-            [*variant, score(own), *_scores_and_traffic(own, tasks)]
-            for variant, own in variants(rows)
-        ),
+        ([*variant, score(own), *_by_task(own, tasks), *_traffic(own)] for variant, own in found),
+    )
+
+
+def defaults_table() -> str:
+    """The settings that these results decide."""
+    config = ArkValeConfig(budget=1024)
+    return table(
+        ["setting", "default"],
+        [
+            ["digest", config.digest],
+            ["head groups", config.head_groups],
+            ["head reduction", config.head_reduce],
+            ["top-k", f"{config.must_pages * config.page_size} of {config.budget} tokens"],
+        ],
     )
 
 
 TRAFFIC = ("pages recalled per step", "KiB per step", "hit rate")
 
 
-def _scores_and_traffic(own: list[Row], tasks: Iterable[str]) -> list[str]:
-    steps, pages, moved, hits, misses = total(
-        own, "steps", "recalled", "bytes_recalled", "hits", "misses"
-    )
+def _traffic(own: list[Row]) -> list[str]:
+    names = ("steps", "recalled", "bytes_recalled", "hits", "misses")
+    steps, pages, moved, hits, misses = total(own, *names)
     return [
-        *(score(row for row in own if row["task"] == task) for task in tasks),
         f"{pages / max(1, steps):.2f}",
         f"{moved / max(1, steps) / 1024:.1f}",
         f"{100 * hits / max(1, hits + misses):.1f} %",
     ]
+
+
+def _by_task(own: list[Row], tasks: Iterable[str] = MOVING) -> list[str]:
+    return [score(row for row in own if row["task"] == task) for task in tasks]
 
 
 def recall_table(rows: list[Row]) -> str:
@@ -181,18 +145,19 @@ def recall_table(rows: list[Row]) -> str:
     )
 
 
-def digest_table(rows: list[Row]) -> str:
-    """Mean overlap of true and estimated top-k pages over layers."""
+def digest_table(rows: list[Row], column: str) -> str:
+    """Overlap or kept attention of estimated top-k pages, mean over layers."""
     wanted = (1, 5, 10, 20, 40)
     pairs = list(dict.fromkeys((row["digest"], row["head_reduce"]) for row in rows))
 
-    def cell(pair: tuple[str, str], k: int) -> str:
-        own = [r["overlap"] for r in rows if (r["digest"], r["head_reduce"], r["k"]) == (*pair, k)]
-        return f"{sum(own) / len(own):.3f}"
+    def mean(pair: tuple[str, str], k: int) -> float:
+        own = [r[column] for r in rows if (r["digest"], r["head_reduce"], r["k"]) == (*pair, k)]
+        return sum(own) / len(own)
 
+    pairs.sort(key=lambda pair: mean(pair, wanted[2]), reverse=True)
     return table(
         ["digest", "head reduction", *(f"k = {k}" for k in wanted)],
-        ([*pair, *(cell(pair, k) for k in wanted)] for pair in pairs),
+        ([*pair, *(f"{mean(pair, k):.3f}" for k in wanted)] for pair in pairs),
     )
 
 
@@ -232,8 +197,6 @@ def write(results: Path, docs: Path) -> Path:
     """Make the plots and fill the page; returns its path."""
     rows, overlaps = read(results / "quality.csv"), read(results / "digests.csv")
     about = json.loads((results / "quality.json").read_text())
-    from quality import plots
-
     plots.draw(rows, overlaps, docs)
     page = docs / "quality.md"
     page.write_text(
@@ -246,7 +209,10 @@ def write(results: Path, docs: Path) -> Path:
                 "moving": lambda: moving_table(rows),
                 "variants": lambda: variants_table(rows),
                 "recalls": lambda: recall_table(rows),
-                "overlap": lambda: digest_table(overlaps),
+                "overlap": lambda: digest_table(overlaps, "overlap"),
+                "kept": lambda: digest_table(overlaps, "kept"),
+                "traffic": lambda: traffic_table(rows),
+                "defaults": defaults_table,
             },
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arkvale_sglang.cli.launch import Server
 from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.runtime.dropping import OBSERVED_TOKENS
 from quality.tasks import Episode, Turn
 
 CONTEXT = 36_864
@@ -48,22 +50,28 @@ class Rule:
         return wishes if self.top_k is None else {**wishes, "top_k": self.top_k}
 
     @property
-    def flags(self) -> tuple[str, ...]:
-        """Flags of the server it runs on; rules with equal flags share a server.
+    def device_tokens(self) -> int | None:
+        """Tokens its frames hold, where that is less than everything.
 
-        Recall has frames for its budget alone.  Rules that drop never need what they dropped, so
-        they run where everything fits, beside full attention.
+        Recall has frames for its budget alone and little more.  Rules that drop never need what
+        they dropped, so they run where everything fits, beside full attention.
         """
+        recalls = self.budget and self.selection == "recall"
+        return self.budget + SPARE_TOKENS if recalls else None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Flags of the server it runs on; rules with equal flags share a server."""
         layout = ("--arkvale-digest", self.digest, "--arkvale-head-groups", str(self.groups))
-        if not self.budget or self.selection != "recall":
+        if self.device_tokens is None:
             return (*layout, "--arkvale-budget", str(CONTEXT))
-        frames = str(self.budget + SPARE_TOKENS)
-        return (*layout, "--arkvale-budget", str(self.budget), "--arkvale-device-tokens", frames)
+        frames = ("--arkvale-device-tokens", str(self.device_tokens))
+        return (*layout, "--arkvale-budget", str(self.budget), *frames)
 
 
 @dataclasses.dataclass
 class Tally:
-    """What a rule scored on one task."""
+    """What a rule scored on the questions about one text."""
 
     asked: int = 0
     right: int = 0
@@ -73,6 +81,10 @@ class Tally:
     hits: int = 0
     misses: int = 0
 
+    def __add__(self, other: Tally) -> Tally:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Tally(*map(operator.add, mine, others))
+
 
 class Examiner:
     """Holds episodes with one server."""
@@ -80,20 +92,19 @@ class Examiner:
     def __init__(self, server: Server, tokenizer: PreTrainedTokenizerBase):
         self._server, self._tokenizer = server, tokenizer
 
-    def hold(self, episodes: Sequence[Episode], rule: Rule) -> Tally:
-        """Ask every turn of the episodes that expects an answer.
+    def hold(self, episode: Episode, rule: Rule) -> Tally:
+        """Ask every turn of an episode that expects an answer.
 
         What went before is said with the answers it should have got, so that every rule is asked
         the same, however wrong it was.
         """
         tally = Tally()
-        for episode in episodes:
-            messages: list[dict[str, str]] = []
-            for turn in episode.turns:
-                messages.append({"role": "user", "content": turn.message})
-                if turn.expected:
-                    self._score(messages, turn, rule, tally)
-                messages.append({"role": "assistant", "content": turn.answer})
+        messages: list[dict[str, str]] = []
+        for turn in episode.turns:
+            messages.append({"role": "user", "content": turn.message})
+            if turn.expected:
+                self._score(messages, turn, rule, tally)
+            messages.append({"role": "assistant", "content": turn.answer})
         return tally
 
     def _score(self, messages: list[dict[str, str]], turn: Turn, rule: Rule, tally: Tally) -> None:
@@ -119,10 +130,14 @@ class Examiner:
             messages, tokenize=False, add_generation_prompt=True
         )
         tokens = self._tokenizer.encode(prompt, add_special_tokens=False)
-        sampling = {"temperature": 0, "max_new_tokens": most}
+        sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": most}
         if rule.wishes:
             sampling["custom_params"] = {"arkvale": rule.wishes}
-        return self._server.post("/generate", {"input_ids": tokens, "sampling_params": sampling})
+        body = {"input_ids": tokens, "sampling_params": sampling}
+        # Log-probabilities are asked of the end of the prompt so that it is computed, not found in
+        # the prefix cache: the rules that rank by its queries would else see the last few alone.
+        end = {"return_logprob": True, "logprob_start_len": max(0, len(tokens) - OBSERVED_TOKENS)}
+        return self._server.post("/generate", {**body, **end})
 
 
 def by_server(rules: Sequence[Rule]) -> dict[tuple[str, ...], list[Rule]]:

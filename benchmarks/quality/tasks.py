@@ -36,8 +36,10 @@ class Episode:
 
     task: str
     length: int
-    depth: float
-    """Share of the context before the fact; -1 where many facts are spread."""
+    context: int
+    """Number of its text: questions about one text are not independent."""
+    depth: float | None
+    """Share of the context before the fact; ``None`` where many facts are spread."""
     turns: tuple[Turn, ...]
 
 
@@ -53,12 +55,13 @@ def _after(context: str, turn: Turn) -> Turn:
 def passkey(
     writer: text.Writer, length: int, depths: Sequence[float], seed: int
 ) -> Iterator[Episode]:
-    """One fact at each depth of the same filler, deepest first: what stands before is shared."""
+    """A fact at each depth of the same filler, deepest first: what stands before is shared."""
     for depth in sorted(depths, reverse=True):
-        rng = random.Random(seed)
-        code = text.codes(rng, text.subjects(rng, 1))[0]
+        own = random.Random(f"{seed} {length} {depth}")
+        code = text.codes(own, text.subjects(own, 1))[0]
+        rng = random.Random(f"{seed} {length}")
         context = writer.context(rng, length - QUESTION_TOKENS, [(depth, code.sentence)])
-        yield Episode("passkey", length, depth, (_after(context, _question(code)),))
+        yield Episode("passkey", length, seed, depth, (_after(context, _question(code)),))
 
 
 def lengths(writer: text.Writer, length: int, seed: int, asked: int) -> Iterator[Episode]:
@@ -68,7 +71,7 @@ def lengths(writer: text.Writer, length: int, seed: int, asked: int) -> Iterator
     spread = [(rng.random(), code.sentence) for code in codes]
     context = writer.context(rng, length - QUESTION_TOKENS, spread)
     for code in codes[:asked]:
-        yield Episode("lengths", length, -1, (_after(context, _question(code)),))
+        yield Episode("lengths", length, seed, None, (_after(context, _question(code)),))
 
 
 def many(writer: text.Writer, length: int, seed: int, asked: int) -> Iterator[Episode]:
@@ -82,15 +85,15 @@ def many(writer: text.Writer, length: int, seed: int, asked: int) -> Iterator[Ep
     spread = [(rng.random(), fact.sentence) for fact in facts]
     context = writer.context(rng, length - QUESTION_TOKENS, spread)
     for code in rng.sample(codes, asked):
-        yield Episode("needle", length, -1, (_after(context, _question(code)),))
+        yield Episode("needle", length, seed, None, (_after(context, _question(code)),))
     for _ in range(2):
         first, *others = rng.sample(codes, asked // 2)
         turns = (_after(context, _question(first)), *map(_question, others))
-        yield Episode("sequence", length, -1, turns)
+        yield Episode("sequence", length, seed, None, turns)
     for path in paths:
         question = text.LINK_QUESTIONS[0].format(subject=path[0].subject)
         turn = Turn(question, text.follow(path), tuple(link.sentence for link in path))
-        yield Episode("path", length, -1, (_after(context, turn),))
+        yield Episode("path", length, seed, None, (_after(context, turn),))
 
 
 def chat(writer: text.Writer, seed: int, turns: int = 16, tokens: int = 700) -> Iterator[Episode]:
@@ -106,4 +109,4 @@ def chat(writer: text.Writer, seed: int, turns: int = 16, tokens: int = 700) -> 
         context = writer.context(rng, tokens, facts)
         said.append(replace(_after(context, _question(code)), expected=()))
     said += map(_question, early)
-    yield Episode("chat", turns * tokens, -1, tuple(said))
+    yield Episode("chat", turns * tokens, seed, None, tuple(said))

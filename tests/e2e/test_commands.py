@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quality import report
+from quality import results
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BY = {
@@ -84,17 +84,17 @@ def test_the_quality_command_fills_its_page_from_its_csv(tmp_path):
         f"ARGS=--small --out {tmp_path} --docs {tmp_path}", seconds=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    rows = {
-        (row["task"], row["name"]): int(row["right"]) / int(row["asked"])
-        for row in report.read(tmp_path / "quality.csv")
+    shares = {
+        (row["task"], row["name"]): row["right"] / row["asked"]
+        for row in results.read(tmp_path / "quality.csv")
     }
-    assert rows["lengths", "full"] >= 0.98
-    assert rows["path", "arkvale"] == rows["path", "full"] == 1
-    assert rows["path", "streaming"] < 0.8
+    assert shares["lengths", "full"] >= 0.98
+    assert shares["path", "arkvale"] == shares["path", "full"] == 1
+    assert shares["path", "streaming"] < 0.8
     page = (tmp_path / "quality.md").read_text()
-    assert "| arkvale | 512 | 100 % " in page
+    assert "| arkvale | 1024 | 100 % " in page
     assert {path.name for path in tmp_path.glob("images/*.png")} == {
-        f"quality_{name}.png" for name in ("moving", "passkey", "variants", "recalls", "overlap")
+        f"quality_{name}.png" for name in ("lengths", "passkey", "moving", "overlap")
     }
 
 
@@ -105,7 +105,7 @@ def test_training_stops_resumes_and_exports(tmp_path):
     again = run(*training, f"ARGS={places} --steps 100", seconds=120)
     assert first.returncode == again.returncode == 0, first.stdout[-2000:] + again.stdout[-2000:]
     assert "resuming at step 50" in again.stdout
-    curve = report.read(tmp_path / "model/curve.csv")
+    curve = results.read(tmp_path / "model/curve.csv")
     assert [row["step"] for row in curve] == [50, 100] and curve[1]["loss"] < curve[0]["loss"]
     assert (tmp_path / "model/model.safetensors").stat().st_size < 10 * 2**20
 

@@ -48,8 +48,8 @@ def observed(fake: FakeEngine, step: Step, pages: int) -> np.ndarray:
     heads = fake.query_heads // fake.geometry.groups
     queries = fake.prompt_queries[step.layer, step.row][-OBSERVED_TOKENS:]
     queries = queries[:, step.group * heads : (step.group + 1) * heads]
-    each = [mass(fake, step, query, list(range(pages))) for query in queries]
-    return np.mean([[scores[page] for page in range(pages)] for scores in each], axis=0)
+    each = [mass(fake, step, query, list(range(SINKS, pages))) for query in queries]
+    return np.mean([[scores.get(page, 0.0) for page in range(pages)] for scores in each], axis=0)
 
 
 @pytest.mark.parametrize("groups", [1, 2], ids="groups-{}".format)
@@ -66,13 +66,14 @@ def test_streaming_attends_to_sinks_and_the_latest_pages(groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2], ids="groups-{}".format)
-def test_snapkv_keeps_what_the_end_of_the_prompt_ranked_and_all_that_follows(groups):
+@pytest.mark.parametrize("chunk", [20 * PAGE + 5, 21], ids=["long-chunk", "short-chunk"])
+def test_snapkv_keeps_what_the_end_of_the_prompt_ranked_and_all_that_follows(groups, chunk):
     fake = engine(groups)
     row = fake.add_row()
     budget, prompt = 12, 40
     rule = [own(fake, "snapkv", budget)]
-    fake.extend({row: 20 * PAGE}, rule)
-    fake.extend({row: 20 * PAGE + 5}, rule)
+    fake.extend({row: 40 * PAGE + 5 - chunk}, rule)
+    fake.extend({row: chunk}, rule)
     for _ in range(3 * PAGE):
         fake.decode([row], rule)
         fake.check()
@@ -115,15 +116,19 @@ def test_h2o_loses_for_good_what_has_gathered_least(groups):
 def test_a_slot_forgets_the_request_before():
     fake = engine(groups=1)
     rule = [own(fake, "snapkv", 8)]
-    for _ in range(2):
+    for prompt in (34, 30):
         row = fake.add_row()
         assert row == 0
-        fake.extend({row: 30 * PAGE}, rule)
-        fake.decode([row], rule)
+        fake.extend({row: prompt * PAGE}, rule)
+        for _ in range(2 * PAGE + 1):  # beyond pages that the first one had ranked
+            fake.decode([row], rule)
         for step in fake.steps:
-            importance = observed(fake, step, 30)
-            best = sorted(range(SINKS, 29), key=lambda page: -importance[page])[:4]
-            assert set(best) <= set(step.chosen)
+            last = max(step.chosen)
+            importance = observed(fake, step, prompt)
+            ranked = sorted(range(SINKS, min(prompt, last - 1)), key=lambda p: -importance[p])
+            late = max(0, last - 1 - prompt)
+            assert set(ranked[: 4 - late]) <= set(step.chosen)
+            assert set(range(prompt, last)) <= set(step.chosen)
         fake.free(row)
         fake.steps.clear()
 
