@@ -13,7 +13,7 @@ help:
 	@echo "make test         lint and the whole suite"
 	@echo "make lint         ruff, mypy"
 	@echo "make quality      what a budget costs in answers, against full attention and rules that drop"
-	@echo "make needle-model train the model that demo and quality use, about an hour"
+	@echo "make needle-model train the model that demo and quality use, about 20 minutes"
 	@echo "make bench-smoke  stock SGLang and arkvale in turn: three cases, about 4 minutes"
 
 setup:

@@ -122,8 +122,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--servers", nargs="+", default=[], metavar="POLICY=URL")
     parser.add_argument("--out", type=Path, help="write results as JSON, too")
     options, flags = parser.parse_known_args(arguments)
-    named = sorted(pair.partition("=")[0] for pair in options.servers)
-    if named and named != sorted(POLICIES):
+    named = sorted(pair.split("=", 1)[0] for pair in options.servers if "=" in pair)
+    if options.servers and named != sorted(POLICIES):
         parser.error("--servers takes full=URL and arkvale=URL; name both, each once")
     if named and flags:
         parser.error(f"{flags[0]} is for a server that this command starts; drop --servers or it")

@@ -100,10 +100,12 @@ def main() -> int:
     print("\nwhat the policy did\n" + table(did))
     asked = len(chats) * FIRST_FACTS
     right = sum(chat.right for chat in chats) - recent
+    settings = did["settings"]
     print(
-        f"\n{sum(chat.tokens for chat in chats):,} tokens in two chats, room for 1,024 of them on "
-        f"the device, 512 attended.\n{recent} of {len(chats) * TURNS} recent codes are right, and "
-        f"{right} of {asked} codes of the first turn."
+        f"\n{sum(chat.tokens for chat in chats):,} tokens in two chats, room for "
+        f"{settings['device_tokens']:,} of them on the device, {settings['budget']:,} attended.\n"
+        f"{recent} of {len(chats) * TURNS} recent codes are right, and {right} of {asked} codes of "
+        "the first turn."
     )
     problems = []
     if right < asked or recent < len(chats) * TURNS:

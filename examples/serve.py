@@ -50,7 +50,7 @@ def named(flags: list[str]) -> argparse.Namespace:
 def main() -> int:
     flags = sys.argv[1:]
     if named(flags).model_path is None:
-        flags += SMALL
+        flags = [*SMALL, *flags]
     if named(flags).port is None:
         flags += ["--port", str(free_port())]
     url = f"http://127.0.0.1:{named(flags).port}"

@@ -199,7 +199,10 @@ class ArkValeConfig:
         own: dict[str, Any] = dict(wishes)
         if "budget" in own and self.top_k is not None:
             own.setdefault("top_k", min(self.top_k, own["budget"]))
-        return dataclasses.replace(self, **own)
+        try:
+            return dataclasses.replace(self, **own)
+        except ArkValeError as error:
+            raise ArkValeError(f"custom_params['arkvale']: {error}") from None
 
 
 _KINDS = {int: "a whole number", str: "a name"}

@@ -6,14 +6,18 @@ the sampling parameters of all its endpoints.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.integration import flags
 
+logger = logging.getLogger(__name__)
+
 KEY = "arkvale"
-_ATTRIBUTE = "arkvale_settings"
+_OF_REQUEST = "arkvale_config"
+_OF_ROWS = "arkvale_settings"
 
 
 def _wishes(sampling_params: Any) -> object:
@@ -43,13 +47,14 @@ def attach(config: ArkValeConfig) -> Callable[..., Any]:
 
     def settings_for(request: Any) -> ArkValeConfig:
         """Worked out once for a request: every pass of its batch asks."""
-        known: ArkValeConfig | None = getattr(request, _ATTRIBUTE, None)
+        known: ArkValeConfig | None = getattr(request, _OF_REQUEST, None)
         if known is None:
             try:
                 known = config.for_request(_wishes(request.sampling_params))
-            except ArkValeError:  # came past the check, as warm-up requests of other tools may
+            except ArkValeError as error:  # came past the check, which the HTTP server makes
+                logger.warning("%s; request %s has the server's settings.", error, request.rid)
                 known = config
-            setattr(request, _ATTRIBUTE, known)
+            setattr(request, _OF_REQUEST, known)
         return known
 
     def new_batch(
@@ -59,7 +64,7 @@ def attach(config: ArkValeConfig) -> Callable[..., Any]:
         settings = [settings_for(request) for request in batch.reqs]
         own = any(each is not config for each in settings)
         if result.sampling_info is not None:
-            setattr(result.sampling_info, _ATTRIBUTE, settings if own else None)
+            setattr(result.sampling_info, _OF_ROWS, settings if own else None)
         return result
 
     return new_batch
@@ -67,5 +72,5 @@ def attach(config: ArkValeConfig) -> Callable[..., Any]:
 
 def settings_of(forward_batch: Any) -> list[ArkValeConfig] | None:
     """Settings of each row, or ``None`` where all rows have the server's."""
-    found: list[ArkValeConfig] | None = getattr(forward_batch.sampling_info, _ATTRIBUTE, None)
+    found: list[ArkValeConfig] | None = getattr(forward_batch.sampling_info, _OF_ROWS, None)
     return found

@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from needle_model import text
 
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+"""With a line of their own in the table."""
+NOT_ASKED = -1.0
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 SEEDS = 4
 SPARE_TOKENS = 96
@@ -53,8 +56,16 @@ def needle(**about: Any) -> dict[str, datasets.Dataset]:
 
 
 def score(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the answer holds the key."""
-    return {"found": float(doc["answer"] in results[0])}
+    """1 where the answer holds the key, over all documents and for those of each length."""
+    found = float(doc["answer"] in results[0])
+    by_length = {str(length): NOT_ASKED for length in LENGTHS}
+    return {"found": found, **by_length, str(doc["length"]): found}
+
+
+def mean_of_asked(values: Sequence[float]) -> float:
+    """As RULER does it: lengths that were not asked show as -1."""
+    asked = [value for value in values if value != NOT_ASKED]
+    return sum(asked) / len(asked) if asked else NOT_ASKED
 
 
 def _again(sentence: str) -> Iterator[str]:
@@ -69,6 +80,9 @@ def _dataset(
     **_: Any,
 ) -> dict[str, datasets.Dataset]:
     """Every length with the fact at every depth, ``SEEDS`` times."""
+    for length in max_seq_lengths:
+        if length not in LENGTHS:
+            raise ValueError(f"--lengths {length} is none of {', '.join(map(str, LENGTHS))}")
     encode = AutoTokenizer.from_pretrained(tokenizer).encode
     docs = []
     for length in max_seq_lengths:
@@ -80,6 +94,7 @@ def _dataset(
                 lines.insert(round(depth * len(lines)), fact)
                 words = " ".join([opening, *lines, question]).strip()
                 docs.append({"input": words, "answer": answer, "length": length, "depth": depth})
+    random.Random(0).shuffle(docs)  # so that --limit takes some of every kind
     return {"test": datasets.Dataset.from_list(docs, split=datasets.Split.TEST)}
 
 

@@ -121,7 +121,7 @@ class Sequences:
         ]
         while sum(map(len, said)) > length // 2:
             said.pop()
-        tokens, targets = [token for line in said for token in line], []
+        tokens = [token for line in said for token in line]
         targets = [False] * len(tokens)
         self.rng.shuffle(said)
         for line in said:

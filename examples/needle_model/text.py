@@ -83,8 +83,6 @@ class Code:
         """As it stands in a text, and as it is answered."""
         return f"the code of the {self.subject} is {self.digits}."
 
-    answer = sentence
-
 
 @dataclass(frozen=True)
 class Link:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ EVERY = 50
 """Steps between two lines of the curve."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """Sequences of one length.
 
@@ -116,8 +116,9 @@ class Trainer:
         )
         self.sequences = Sequences(self.tokenizer, STANDS_FOR, seed)
         self.stage = self.step = self.step_in_stage = 0
-        self.seconds = 0.0
+        self.seconds = self.drilled = 0.0
         self.curve: list[dict[str, float]] = []
+        self._recipe = {"seed": seed, "stages": [dataclasses.astuple(stage) for stage in STAGES]}
         self._file = state / "checkpoint.pt"
         state.mkdir(parents=True, exist_ok=True)
         if self._file.exists():
@@ -191,6 +192,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
+            "recipe": self._recipe,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": self.sequences.rng.getstate(),
@@ -203,19 +205,39 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self._file, weights_only=False)
+        if state["recipe"] != self._recipe:
+            raise SystemExit(
+                f"error: {self._file} was trained with another seed or other stages; remove it to "
+                "begin anew, or name another folder with --state."
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sequences.rng.setstate(state["random"])
         self.stage, self.step, self.step_in_stage, self.seconds = state["where"]
         self.curve = state["curve"]
-        print(f"resuming at step {self.step}", flush=True)
+        done = self.stage == len(STAGES)
+        print(
+            f"{self._file} is finished; remove it to train again"
+            if done
+            else f"resuming at step {self.step}",
+            flush=True,
+        )
 
     def export(self, path: Path) -> None:
         """Write model, tokenizer and curve as SGLang loads them."""
         self.model.to(torch.bfloat16).save_pretrained(path)
         save_tokenizer(path, CONTEXT)
         (path / "recipe.json").write_text(
-            json.dumps({"steps": self.step, "minutes": round(self.seconds / 60, 1)}) + "\n"
+            json.dumps(
+                {
+                    "seed": self._recipe["seed"],
+                    "steps": self.step,
+                    "minutes": round(self.seconds / 60, 1),
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                }
+            )
+            + "\n"
         )
         with (path / "curve.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(self.curve[0]))
@@ -228,7 +250,7 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=HERE.parents[1] / "build/needle_training")
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=sys.maxsize, help="stop here, if not before")
+    parser.add_argument("--steps", type=int, default=sys.maxsize, help="stop once past this one")
     options = parser.parse_args()
     trainer = Trainer(options.state, options.seed)
     trainer.run(options.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import random
 from pathlib import Path
@@ -89,8 +90,10 @@ def test_drills_say_everything_twice(tokenizer):
     for tokens, targets in zip(batch.tokens.tolist(), batch.targets, strict=True):
         assert targets.any()
         first = int(targets.nonzero()[0])
-        wanted = {tokens[i] for i in targets.nonzero().flatten().tolist()}
-        assert wanted <= set(tokens[:first])
+        wanted = targets.nonzero().flatten().tolist()
+        # Each with the token before it, so that a code stands with its own subject.
+        pairs = set(itertools.pairwise(tokens[:first]))
+        assert all((tokens[i - 1], tokens[i]) in pairs for i in wanted)
 
 
 def test_an_answer_counts_when_all_of_it_is_right(tokenizer):
@@ -114,12 +117,22 @@ def committed():
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
-def test_the_committed_model_is_what_its_curve_ends_in():
+def test_the_committed_model_is_what_its_curve_ends_in(committed, tokenizer):
     assert (MODEL / "model.safetensors").stat().st_size < 10 * 2**20
     with (MODEL / "curve.csv").open(newline="") as file:
         curve = list(csv.DictReader(file))
     assert int(curve[-1]["length"]) == STAGES[-1].length and float(curve[-1]["found"]) > 0.98
     assert json.loads((MODEL / "recipe.json").read_text())["steps"] == int(curve[-1]["step"])
+    batch = Sequences(tokenizer, STANDS_FOR, 99).batch(2, STAGES[-1].length, drills=0.0, far=0.5)
+    with torch.no_grad():
+        logits = committed(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=batch.mask(torch.float32),
+        ).logits[:, :-1]
+    wanted = batch.targets[:, 1:]
+    right, asked = found(logits[wanted], batch, wanted)
+    assert asked > 20 and right >= 0.98 * asked
 
 
 def test_the_committed_tokenizer_is_the_one_of_the_recipe(tmp_path):

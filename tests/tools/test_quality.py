@@ -150,7 +150,7 @@ def test_the_page_may_say_that_rules_that_drop_forget(rows, rule, budget):
 
 
 def test_the_page_may_say_that_the_defaults_are_no_worse_than_any_variant(rows):
-    """The default variant lies within the best one's interval, half a budget near the best top-k."""
+    """The default lies within the best variant's interval, half a budget near the best top-k."""
     variants = results.variants(rows)
     config = ArkValeConfig()
     default = (config.digest, config.head_groups, config.head_reduce)
