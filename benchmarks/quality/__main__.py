@@ -96,7 +96,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     chosen = options()
-    begin = time.monotonic()
+    begin, about = time.monotonic(), conditions()
     chosen.out.mkdir(parents=True, exist_ok=True)
     part = chosen.out / "quality.csv.part"
     rows = []
@@ -110,7 +110,7 @@ def main() -> int:
     part.replace(chosen.out / "quality.csv")
     minutes = round((time.monotonic() - begin) / 60, 1)
     (chosen.out / "quality.json").write_text(
-        json.dumps({**conditions(), "minutes": minutes}, indent=1) + "\n"
+        json.dumps({**about, "minutes": minutes}, indent=1) + "\n"
     )
     print(f"\n{report.write(chosen.out, chosen.docs)}")
     return 0

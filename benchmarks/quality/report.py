@@ -1,18 +1,14 @@
-"""Tables and plots of ``docs/quality.md``, from the CSV files that the command wrote.
-
-The page is prose with marked places; between ``<!-- name -->`` and ``<!-- end -->`` stands what is
-made here, so that no result on the page is typed.
-"""
+"""Tables and plots of ``docs/quality.md``, from the CSV files that the command wrote."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from arkvale_sglang.config.settings import ArkValeConfig
+from pages import fill, machine_line, table
 from quality import plots
 from quality.results import MAIN, MOVING, Row, of, read, rules, total, variants, wilson
 from quality.servers import Rule
@@ -25,13 +21,6 @@ def score(rows: Iterable[Row]) -> str:
         return "-"
     low, high = wilson(right, asked)
     return f"{100 * right / asked:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def table(head: Iterable[str], body: Iterable[Iterable[Any]]) -> str:
-    """Markdown."""
-    lines = [list(head), *(list(map(str, row)) for row in body)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def lengths_table(rows: list[Row]) -> str:
@@ -161,38 +150,6 @@ def digest_table(rows: list[Row], column: str) -> str:
     )
 
 
-def machine_line(about: Row) -> str:
-    """Conditions of the run in one sentence."""
-    machine, versions = about["machine"], about["versions"]
-    return (
-        f"Measured in one run of {about['minutes']} minutes on {machine['cores']} cores of "
-        f"{machine['cpu']}, float32, SGLang {versions['sglang']}, torch {versions['torch']}, "
-        f"commit `{about['commit']}`."
-    )
-
-
-def fill(page: str, places: dict[str, Callable[[], str]]) -> str:
-    """The page with every marked place made anew.
-
-    Raises:
-        ValueError: a place of the page is unknown, or missing.
-    """
-
-    def made(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in places:
-            raise ValueError(f"the page marks {name!r}, which nothing fills; remove the mark")
-        seen.add(name)
-        return f"<!-- {name} -->\n{places[name]()}\n<!-- end -->"
-
-    seen: set[str] = set()
-    text = re.sub(r"<!-- ([a-z ]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
-    missing = sorted(set(places) - seen)
-    if missing:
-        raise ValueError(f"the page has no place for {missing[0]!r}; mark one")
-    return text
-
-
 def write(results: Path, docs: Path) -> Path:
     """Make the plots and fill the page; returns its path."""
     rows, overlaps = read(results / "quality.csv"), read(results / "digests.csv")
@@ -203,7 +160,7 @@ def write(results: Path, docs: Path) -> Path:
         fill(
             page.read_text(),
             {
-                "conditions": lambda: machine_line(about),
+                "conditions": lambda: machine_line(about, "float32"),
                 "lengths": lambda: lengths_table(rows),
                 "passkey": lambda: passkey_table(rows),
                 "moving": lambda: moving_table(rows),

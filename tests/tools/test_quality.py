@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import pages
 from arkvale_sglang.config.settings import ArkValeConfig
 from needle_model import text
 from needle_model.tokenizer import build_tokenizer
@@ -91,13 +92,13 @@ def test_confidence_intervals_are_wilsons(right, asked, low, high):
 
 def test_the_page_is_filled_and_nothing_else_of_it_changes():
     page = "a\n<!-- x -->\nold\n<!-- end -->\nb\n"
-    filled = report.fill(page, {"x": lambda: "new"})
+    filled = pages.fill(page, {"x": lambda: "new"})
     assert filled == "a\n<!-- x -->\nnew\n<!-- end -->\nb\n"
-    assert report.fill(filled, {"x": lambda: "new"}) == filled
+    assert pages.fill(filled, {"x": lambda: "new"}) == filled
     with pytest.raises(ValueError, match="no place for 'y'"):
-        report.fill(page, {"x": str, "y": str})
+        pages.fill(page, {"x": str, "y": str})
     with pytest.raises(ValueError, match="marks 'x', which nothing fills"):
-        report.fill(page, {})
+        pages.fill(page, {})
 
 
 @pytest.fixture(scope="module")
