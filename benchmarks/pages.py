@@ -1,6 +1,6 @@
 """Pages of results: prose with marked places.
 
-Between ``<!-- name -->`` and ``<!-- end -->`` stands what is made from the data: no result is typed.
+Between ``<!-- name -->`` and ``<!-- end -->`` stands what is made from data: no result is typed.
 """
 
 from __future__ import annotations
