@@ -78,6 +78,7 @@ def _moving(rows: list[Row]) -> Figure:
     rules = results.rules([r for r in rows if r["task"] in results.MOVING], results.MAIN)
     figure, axes = plt.subplots(figsize=(10, 4))
     width = 0.8 / max(1, len(rules))
+    colors = plt.get_cmap("tab20").colors
     for number, rule in enumerate(rules):
         own = [
             _shares([r for r in results.of(rows, rule) if r["task"] == t]) for t in results.MOVING
@@ -86,12 +87,13 @@ def _moving(rows: list[Row]) -> Figure:
             [place + number * width for place in range(len(own))],
             [share for share, _, _ in own],
             width,
+            color=colors[number % len(colors)],
             yerr=[[low for _, low, _ in own], [high for _, _, high in own]],
             label=f"{rule[0]} {rule[1] or ''}",
         )
     axes.set_xticks([place + 0.4 for place in range(len(results.MOVING))], results.MOVING)
     axes.set_ylabel("right answers, %")
-    axes.legend(fontsize=7, ncols=4)
+    axes.legend(fontsize=7, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 

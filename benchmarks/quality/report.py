@@ -58,6 +58,17 @@ def moving_table(rows: list[Row]) -> str:
     )
 
 
+def evidence(rows: list[Row], budget: int = 1024) -> str:
+    """The rows of README: shares alone, every rule at one budget."""
+    lines = []
+    for rule in [("full", 0), *((name, budget) for name in MAIN[1:])]:
+        own = of([row for row in rows if row["task"] in MOVING], rule)
+        shares = [total([r for r in own if r["task"] == t], "right", "asked") for t in MOVING]
+        cells = [rule[0], *(f"{100 * right / asked:.0f} %" for right, asked in shares)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def traffic_table(rows: list[Row]) -> str:
     """What recall did for each task."""
     rows = [row for row in rows if row["task"] in MOVING and row["name"] == "arkvale"]

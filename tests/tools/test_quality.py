@@ -129,6 +129,10 @@ def test_the_page_is_what_its_csv_makes_of_it(tmp_path):
             assert plot.info["Source"] == source
 
 
+def test_readme_shows_the_same_results(rows):
+    assert report.evidence(rows) in (ROOT / "README.md").read_text()
+
+
 def test_full_attention_knows_the_answers_at_every_length(rows):
     for length in DEFAULT.lengths:
         assert share(rows, "lengths", "full", 0, length) >= 0.98

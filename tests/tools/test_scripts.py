@@ -51,7 +51,6 @@ def test_a_set_up_that_stops_midway_is_not_taken_for_a_complete_one(monkeypatch,
 def test_the_example_server_takes_model_and_port_in_every_form(monkeypatch, capsys, flags):
     serve = load("examples/serve.py")
     commands = []
-    monkeypatch.setattr(serve, "make_model", lambda path: pytest.fail("a model was named"))
     monkeypatch.setattr(serve, "free_port", lambda: pytest.fail("a port was named"))
     monkeypatch.setattr(
         subprocess, "run",
@@ -60,21 +59,23 @@ def test_the_example_server_takes_model_and_port_in_every_form(monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
     assert serve.main() == 0
     assert commands[0][-len(flags) :] == flags
+    assert "--arkvale-budget" not in commands[0]  # what is set for the needle model
     assert "http://127.0.0.1:81/" in capsys.readouterr().out
 
 
 def test_the_example_server_brings_its_own_model_and_port(monkeypatch):
     serve = load("examples/serve.py")
     commands = []
-    monkeypatch.setattr(serve, "make_model", lambda path: path)
     monkeypatch.setattr(serve, "free_port", lambda: 4321)
     monkeypatch.setattr(
         subprocess, "run",
         lambda command: commands.append(command) or SimpleNamespace(returncode=0),
     )  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["serve.py"])
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--arkvale-budget", "777"])
     assert serve.main() == 0
     assert "--model-path" in commands[0] and commands[0][-2:] == ["--port", "4321"]
+    budgets = [i for i, word in enumerate(commands[0]) if word == "--arkvale-budget"]
+    assert commands[0][budgets[-1] + 1] == "777"  # the last one counts
 
 
 def test_a_benchmark_says_of_how_many_rounds_it_is():
