@@ -75,13 +75,12 @@ def test_the_demo_evicts_recalls_and_answers_right():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("flags", [("--arkvale-recall-cap", "0"), ("--arkvale-selection", "h2o")])
+@pytest.mark.parametrize("flags", [("--arkvale-recall-cap", "0"), ("--arkvale-selection", "streaming")])
 def test_without_recall_the_first_turn_is_forgotten(flags):
     done = run(sys.executable, "examples/demo.py", *flags, seconds=280)
     assert done.returncode == 1, done.stdout[-3000:]
     assert "an answer is wrong" in done.stdout
-    right = int(re.search(r"(\d) of 8 codes of the first turn", done.stdout)[1])
-    assert right < 6 and "12 of 12 recent codes are right" in done.stdout
+    assert "0 of 8 codes of the first turn" in " ".join(done.stdout.split())
 
 
 def test_the_quality_command_fills_its_page_from_its_csv(tmp_path):
