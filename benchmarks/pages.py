@@ -42,7 +42,7 @@ def fill(page: str, places: dict[str, Callable[[], str]]) -> str:
         return f"<!-- {name} -->\n{places[name]()}\n<!-- end -->"
 
     seen: set[str] = set()
-    text = re.sub(r"<!-- ([a-z ]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+    text = re.sub(r"<!-- ([a-z0-9 ]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
     missing = sorted(set(places) - seen)
     if missing:
         raise ValueError(f"the page has no place for {missing[0]!r}; mark one")

@@ -70,6 +70,12 @@ class PoolPlan:
         held = self.digest_bytes + self.dense_bytes + self.frame_bytes
         return held + tables + self.staging_bytes
 
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Everything that is held, by name."""
+        parts = ("host", "digest", "dense", "frame", "staging", "device")
+        return {part: getattr(self, f"{part}_bytes") for part in parts}
+
     def describe(self) -> str:
         """One line for the start-up log."""
         page_size = self.geometry.page_size

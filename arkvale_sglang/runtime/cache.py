@@ -173,6 +173,7 @@ class PagedCache:
                 **{name: value for name, value in vars(self.config).items() if value is not None},
             },
             "sizes": self.plan.describe(),
+            "bytes": self.plan.bytes,
             "frames_total": self.plan.frames * self.plan.geometry.lanes,
             "frames_used": self.store.frames_used(),
             "logical_pages_total": self.plan.logical_pages,

@@ -26,6 +26,7 @@ RUN_BY = {
     "make quality": "test_the_quality_command_fills_its_page_from_its_csv",
     "make needle-model": "test_training_stops_resumes_and_exports",
     "python benchmarks/evaluate.py": "test_lm_eval_runs_on_both_policies",
+    "arkvale plan": "tests/tools/test_plan.py",
     "make bench-smoke": "test_the_smoke_benchmark_writes_its_result",
     "python benchmarks/gpu_check.py": "test_the_gpu_check_is_right_in_the_interpreter",
     "python benchmarks/gpu_e2e.py": "the CPU run in tests/e2e/test_gpu_scripts.py",
@@ -36,6 +37,9 @@ RUN_BY = {
 }
 
 
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("design", "quality", "planning")))
+
+
 def commands_in(text: str) -> list[str]:
     """Indented or fenced lines that look like a command."""
     lines = (line.strip() for line in text.splitlines() if line.startswith("    "))
@@ -44,7 +48,7 @@ def commands_in(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/quality.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_only_commands_that_are_run(document):
     for command in commands_in((ROOT / document).read_text()):
         assert any(command.startswith(known) for known in RUN_BY), command
@@ -75,7 +79,9 @@ def test_the_demo_evicts_recalls_and_answers_right():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("flags", [("--arkvale-recall-cap", "0"), ("--arkvale-selection", "streaming")])
+@pytest.mark.parametrize(
+    "flags", [("--arkvale-recall-cap", "0"), ("--arkvale-selection", "streaming")]
+)
 def test_without_recall_the_first_turn_is_forgotten(flags):
     done = run(sys.executable, "examples/demo.py", *flags, seconds=280)
     assert done.returncode == 1, done.stdout[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from arkvale_sglang.cli.plan import Load, Machine, Model, expect
+from arkvale_sglang.config.settings import ArkValeConfig
 from support.serving import generate, prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,3 +134,21 @@ def test_the_engine_takes_the_same_settings_by_name(tiny, serve, tmp_path):
     assert output == generate(stock, tokens, 8)["output_ids"]
     with pytest.raises(KeyError):
         stock.arkvale()
+
+
+def test_a_server_holds_the_bytes_that_were_planned(tiny, serve):
+    """The command reads nothing but config.json; the server allocated what it says."""
+    model = tiny("llama", dtype="float32")
+    sizes = {
+        "host_memory": 0.25, "device_tokens": 4096, "dense_layers": 1, "head_groups": 2,
+        "digest_dtype": "fp8", "budget": 1024,
+    }  # fmt: skip
+    words = [f"--arkvale-{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    server = serve(model, "--kv-policy", "arkvale", *words)
+    machine = Machine(64, 0.25, 100, 10, 0.85)
+    shape = dataclasses.replace(Model.from_config(model), dtype=torch.float32)
+    planned = expect(ArkValeConfig(**sizes), shape, 0, machine, Load(8192, 1, 0.9)).pool
+    report = server.arkvale()
+    assert report["bytes"] == planned.bytes
+    assert report["logical_pages_total"] == planned.logical_pages
+    assert report["frames_total"] == planned.frames * planned.geometry.lanes
