@@ -8,6 +8,7 @@ import torch
 
 from arkvale_kernels.attend import attend_frames
 from arkvale_kernels.layout import NewTokens, PagedLayer, Recalls
+from arkvale_kernels.profile import part
 from arkvale_kernels.residency import find_frames, resolve_pages
 from arkvale_kernels.score import score_pages
 from arkvale_kernels.select import select_pages
@@ -220,10 +221,12 @@ def decode_managed(
         if step.pressed or wave.over_budget:
             lane_frames, recalls = _choose(cache, index, wave, rows, clock, scaling)
         else:
-            lane_frames, recalls = _look_up(layer, wave), None
+            with part("resolve"):
+                lane_frames, recalls = _look_up(layer, wave), None
         move_pages(layer, new, recalls, clock, digest=cache.config.digest)
         new = None
-        outputs.append(_attend(layer, wave, rows, lane_frames, scaling))
+        with part("attend"):
+            outputs.append(_attend(layer, wave, rows, lane_frames, scaling))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out.view(query.shape)
 
@@ -240,37 +243,47 @@ def _choose(
     layer, rule = cache.store.managed[index], selection_rule(wave.settings)
     lane_pages, scores = wave.lane_pages, None
     if wave.over_budget:
-        if wave.requests is None:
-            ranked = score_pages(
-                query,
-                layer.digests,
-                layer.residency.frame_of,
-                lane_pages,
-                wave.page_counts,
-                rule,
-                head_reduce=wave.settings.head_reduce,
-                scaling=scaling,
-            )
-        else:
-            ranked = cache.dropping.rank(
-                index,
-                layer,
-                wave.settings,
-                wave.requests,
-                lane_pages,
-                wave.page_counts,
-                query,
-                scaling,
-            )
-        lane_pages, scores = select_pages(ranked, lane_pages, wave.page_counts, rule)
-    return resolve_pages(
-        layer.residency,
-        lane_pages,
-        scores,
-        clock,
-        cache.counters.of_layer(index),
-        groups=cache.plan.geometry.groups,
-        lists=wave.attention.lists if wave.attention else None,
+        with part("score"):
+            ranked = _rank(cache, index, wave, query, scaling)
+        with part("select"):
+            lane_pages, scores = select_pages(ranked, lane_pages, wave.page_counts, rule)
+    with part("resolve"):
+        return resolve_pages(
+            layer.residency,
+            lane_pages,
+            scores,
+            clock,
+            cache.counters.of_layer(index),
+            groups=cache.plan.geometry.groups,
+            lists=wave.attention.lists if wave.attention else None,
+        )
+
+
+def _rank(
+    cache: PagedCache, index: int, wave: Wave, query: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Scores of the wave's pages by its rule: ``[lane rows, pages]`` float32."""
+    layer = cache.store.managed[index]
+    if wave.requests is None:
+        return score_pages(
+            query,
+            layer.digests,
+            layer.residency.frame_of,
+            wave.lane_pages,
+            wave.page_counts,
+            selection_rule(wave.settings),
+            head_reduce=wave.settings.head_reduce,
+            scaling=scaling,
+        )
+    return cache.dropping.rank(
+        index,
+        layer,
+        wave.settings,
+        wave.requests,
+        wave.lane_pages,
+        wave.page_counts,
+        query,
+        scaling,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 
 from arkvale_kernels.digest.reference import build_digests
 from arkvale_kernels.layout import SCORE_BITS, NewTokens, PagedLayer, Recalls
+from arkvale_kernels.profile import part
 
 
 def write_tokens(
@@ -33,14 +34,21 @@ def move_pages(
 ) -> None:
     """See :func:`arkvale_kernels.transfer.api.move_pages`."""
     if new is not None:
-        frames = layer.residency.frame_of.index_select(0, new.lane_pages)
-        write_tokens(layer.k_frames, layer.v_frames, frames, new.offsets, new.k, new.v)
-        full = (new.offsets == layer.k_frames.shape[1] - 1) & (new.lane_pages > 0)
-        sealing = new.lane_pages.masked_select(full)
-        if sealing.numel():
-            seal_frames(layer, sealing, clock, digest)
+        with part("append"):
+            _append(layer, new, clock, digest)
     if recalls is not None:
-        _recall(layer, recalls)
+        with part("recall"):
+            _recall(layer, recalls)
+
+
+def _append(layer: PagedLayer, new: NewTokens, clock: torch.Tensor, digest: str) -> None:
+    """Write the new tokens and seal the pages that they fill."""
+    frames = layer.residency.frame_of.index_select(0, new.lane_pages)
+    write_tokens(layer.k_frames, layer.v_frames, frames, new.offsets, new.k, new.v)
+    full = (new.offsets == layer.k_frames.shape[1] - 1) & (new.lane_pages > 0)
+    sealing = new.lane_pages.masked_select(full)
+    if sealing.numel():
+        seal_frames(layer, sealing, clock, digest)
 
 
 def _recall(layer: PagedLayer, recalls: Recalls) -> None:
