@@ -222,3 +222,14 @@ def test_prefix_blocks_are_read_in_the_order_that_layers_take_them(monkeypatch):
     layer, block = fake.cache.prefix._order[1]
     again, _ = fake.cache.prefix.take(layer, block)
     assert again.shape[0] == block.tokens and len(reads) == 3 * fake.geometry.managed_layers + 1
+
+
+def test_a_profiler_sees_the_parts_of_a_step():
+    fake = engine(pages=80, frames=16, budget=16 * 8)
+    row = fake.add_row()
+    fake.extend({row: 500})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        fake.decode([row])
+    seen = {event.key for event in profiler.key_averages()}
+    parts = ("append", "score", "select", "resolve", "recall", "attend")
+    assert {f"arkvale.{part}" for part in parts} <= seen
