@@ -64,7 +64,7 @@ class Chat:
         self._ask(self.first[index])
 
     def _ask(self, code: text.Code, told: str = "") -> None:
-        question = f"what is the code of the {code.subject}?"
+        question = code.question
         self._messages.append({"role": "user", "content": f"{told} {question}".strip()})
         answer = self._server.post(
             "/v1/chat/completions",

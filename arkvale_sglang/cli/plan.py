@@ -81,15 +81,12 @@ class Model:
 
     def geometry(self, config: ArkValeConfig, tp_size: int) -> PageGeometry:
         """Of one rank."""
-        return PageGeometry(
-            page_size=config.page_size,
+        return PageGeometry.of(
+            config,
             layers=self.layers,
-            dense_layers=config.dense_layers,
             kv_heads=max(1, self.kv_heads // tp_size),
             head_dim=self.head_dim,
-            groups=config.head_groups,
             dtype=self.dtype,
-            digest_dtype=torch.float8_e4m3fn if config.digest_dtype == "fp8" else None,
         )
 
 

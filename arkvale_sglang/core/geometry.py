@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 
+from arkvale_sglang.config.settings import ArkValeConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class PageGeometry:
@@ -27,6 +29,28 @@ class PageGeometry:
     dtype: torch.dtype
     digest_dtype: torch.dtype | None = None
     """Of the digests; ``None`` stores them as the keys are."""
+
+    @classmethod
+    def of(
+        cls,
+        config: ArkValeConfig,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> PageGeometry:
+        """What the settings make of a model's shape on one rank."""
+        return cls(
+            page_size=config.page_size,
+            layers=layers,
+            dense_layers=config.dense_layers,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            groups=config.head_groups,
+            dtype=dtype,
+            digest_dtype=torch.float8_e4m3fn if config.digest_dtype == "fp8" else None,
+        )
 
     @property
     def managed_layers(self) -> int:

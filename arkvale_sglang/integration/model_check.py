@@ -95,15 +95,12 @@ def geometry_of(
     config: ArkValeConfig, model: Any, layers: int, tp_size: int, dtype: torch.dtype
 ) -> PageGeometry:
     """The page geometry of a model on one rank."""
-    return PageGeometry(
-        page_size=config.page_size,
+    return PageGeometry.of(
+        config,
         layers=layers,
-        dense_layers=config.dense_layers,
         kv_heads=model.get_num_kv_heads(tp_size),
         head_dim=model.head_dim,
-        groups=config.head_groups,
         dtype=dtype,
-        digest_dtype=torch.float8_e4m3fn if config.digest_dtype == "fp8" else None,
     )
 
 

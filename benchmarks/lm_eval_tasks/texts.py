@@ -6,6 +6,7 @@ of the ``tokenizer``.
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ def passkey(**about: Any) -> dict[str, datasets.Dataset]:
     def sample(rng: random.Random) -> tuple[str, Iterator[str], str, str, str]:
         key = str(rng.randrange(10_000, 100_000))
         fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-        return OPENING, _again(GRASS), fact, "What is the pass key? The pass key is", key
+        return OPENING, itertools.repeat(GRASS), fact, "What is the pass key? The pass key is", key
 
     return _dataset(sample, **about)
 
@@ -49,8 +50,7 @@ def needle(**about: Any) -> dict[str, datasets.Dataset]:
 
     def sample(rng: random.Random) -> tuple[str, Iterator[str], str, str, str]:
         code = text.codes(rng, text.subjects(rng, 1))[0]
-        question = text.CODE_QUESTIONS[0].format(subject=code.subject)
-        return "", text.filler(rng), code.sentence, question, code.digits
+        return "", text.filler(rng), code.sentence, code.question, code.digits
 
     return _dataset(sample, **about)
 
@@ -66,11 +66,6 @@ def mean_of_asked(values: Sequence[float]) -> float:
     """As RULER does it: lengths that were not asked show as -1."""
     asked = [value for value in values if value != NOT_ASKED]
     return sum(asked) / len(asked) if asked else NOT_ASKED
-
-
-def _again(sentence: str) -> Iterator[str]:
-    while True:
-        yield sentence
 
 
 def _dataset(

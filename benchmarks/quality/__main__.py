@@ -99,13 +99,14 @@ def main() -> int:
     begin, about = time.monotonic(), conditions()
     chosen.out.mkdir(parents=True, exist_ok=True)
     part = chosen.out / "quality.csv.part"
-    rows = []
-    for row in measure(chosen.scale, chosen.only or TASKS, chosen.model):
-        rows.append(row)
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(rows)
+    with part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        rows = measure(chosen.scale, chosen.only or TASKS, chosen.model)
+        for number, row in enumerate(rows):
+            if number == 0:
+                writer.writerow(row)  # the names
+            writer.writerow(row.values())
+            file.flush()
     digests.study(chosen.model, chosen.out, chosen.scale.haystack, chosen.scale.seeds)
     part.replace(chosen.out / "quality.csv")
     minutes = round((time.monotonic() - begin) / 60, 1)

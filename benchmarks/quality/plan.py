@@ -8,10 +8,10 @@ import itertools
 from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES, SELECTIONS
 from needle_model import text
 from quality import tasks
+from quality.results import MOVING
 from quality.servers import Rule
 
-COMPARED = ("passkey", "needle", "sequence", "path", "chat")
-MOVING = COMPARED[1:]
+COMPARED = ("passkey", *MOVING)
 TASKS = ("lengths", *COMPARED)
 TIGHT, ROOMY = 512, 1024
 BUDGETS = (TIGHT, ROOMY, 2048, 4096)

@@ -51,12 +51,14 @@ def total(rows: Iterable[Row], *names: str) -> list[int]:
 
 
 def rules(rows: list[Row], names: Iterable[str]) -> list[tuple[str, int]]:
+    """Name and budget of the rules that are named, in that order."""
     names = list(names)
     found = {(row["name"], row["budget"]) for row in rows if row["name"] in names}
     return sorted(found, key=lambda rule: (names.index(rule[0]), rule[1]))
 
 
 def of(rows: list[Row], rule: tuple[str, int]) -> list[Row]:
+    """Rows of one rule."""
     return [row for row in rows if (row["name"], row["budget"]) == rule]
 
 

@@ -44,8 +44,7 @@ class Episode:
 
 
 def _question(code: text.Code) -> Turn:
-    question = text.CODE_QUESTIONS[0].format(subject=code.subject)
-    return Turn(question, code.sentence, (code.digits,))
+    return Turn(code.question, code.sentence, (code.digits,))
 
 
 def _after(context: str, turn: Turn) -> Turn:
@@ -91,8 +90,7 @@ def many(writer: text.Writer, length: int, seed: int, asked: int) -> Iterator[Ep
         turns = (_after(context, _question(first)), *map(_question, others))
         yield Episode("sequence", length, seed, None, turns)
     for path in paths:
-        question = text.LINK_QUESTIONS[0].format(subject=path[0].subject)
-        turn = Turn(question, text.follow(path), tuple(link.sentence for link in path))
+        turn = Turn(path[0].question, text.follow(path), tuple(link.sentence for link in path))
         yield Episode("path", length, seed, None, (_after(context, turn),))
 
 

@@ -83,6 +83,11 @@ class Code:
         """As it stands in a text, and as it is answered."""
         return f"the code of the {self.subject} is {self.digits}."
 
+    @property
+    def question(self) -> str:
+        """The plainest way to ask for it."""
+        return CODE_QUESTIONS[0].format(subject=self.subject)
+
 
 @dataclass(frozen=True)
 class Link:
@@ -95,6 +100,11 @@ class Link:
     def sentence(self) -> str:
         """As it stands in a text, and as it is answered."""
         return f"the neighbour of the {self.subject} is {self.target}."
+
+    @property
+    def question(self) -> str:
+        """The plainest way to ask for the path from here."""
+        return LINK_QUESTIONS[0].format(subject=self.subject)
 
 
 def follow(path: list[Link]) -> str:
