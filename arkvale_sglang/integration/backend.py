@@ -171,9 +171,7 @@ class ArkValeBackend(AttentionBackend):
         step: DecodeStep = self.forward_metadata
         index = layer.layer_id - self.first_layer
         if index < self.dense_layers:
-            groups = self.cache.plan.geometry.groups
-            dense = self.cache.store.dense[index]
-            out = decode_dense(dense, step, query, k, v, groups, layer.scaling)
+            out = decode_dense(self.cache.store.dense[index], step, query, k, v, layer.scaling)
         else:
             managed = index - self.dense_layers
             out = decode_managed(self.cache, managed, step, query, k, v, layer.scaling)

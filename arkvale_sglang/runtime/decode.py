@@ -9,7 +9,7 @@ import torch
 from arkvale_kernels.attend import attend_frames
 from arkvale_kernels.layout import NewTokens, PagedLayer, Recalls
 from arkvale_kernels.profile import part
-from arkvale_kernels.residency import find_frames, resolve_pages
+from arkvale_kernels.residency import find_frames, find_places, resolve_pages
 from arkvale_kernels.score import score_pages
 from arkvale_kernels.select import select_pages
 from arkvale_kernels.transfer import move_pages, write_tokens
@@ -40,7 +40,7 @@ class Wave:
     lengths: torch.Tensor
     """``[lane rows]`` int32 tokens in the row's list of attended pages."""
     common_length: int | None
-    """The length all rows share, when no entry of their lists can be empty."""
+    """The length all rows share."""
     over_budget: bool
     """Whether some row must choose; else every row attends to all its pages."""
     attention: DecodeAttention | None
@@ -56,15 +56,22 @@ class DecodeStep:
     lengths: torch.Tensor
     """``[rows]`` int32 tokens, the new one included."""
     common_length: int | None
-    open_pages: torch.Tensor
-    """``[rows]`` int32 logical page of the new token; ``open_lane_pages`` for each lane row."""
+    slots: torch.Tensor
+    """``[rows]`` int64 the engine's slot of the new token, which is its place in a dense layer."""
     open_lane_pages: torch.Tensor
+    """``[lane rows]`` int32 lane page of the new token."""
     offsets: torch.Tensor
     """``[lane rows]`` int32 place of the new token in its page."""
     pressed: bool
     """Whether a page may lack its frame."""
     waves: list[Wave]
     dense_attention: DecodeAttention | None
+    fills: bool = True
+    """Whether a page may become full."""
+    places: torch.Tensor | None = None
+    """``[managed layers, lane rows]`` int64 of the new tokens, where looked up beforehand."""
+    lane_frames: torch.Tensor | None = None
+    """``[managed layers, lane rows, pages]`` int32 of a calm step's only wave, likewise."""
 
     @property
     def calm(self) -> bool:
@@ -97,15 +104,16 @@ def plan_decode(
     counts = (lengths + (size - 1)) >> (size.bit_length() - 1)
     open_pages = pages.gather(1, (counts - 1).clamp(min=0).long().unsqueeze(1)).squeeze(1)
     offsets = (lengths - 1) & (size - 1)
-    _map_open_pages(cache, open_pages, offsets, host_lengths)
+    fills = _map_open_pages(cache, open_pages, offsets, host_lengths)
     groups = cache.plan.geometry.groups
-    return DecodeStep(
+    step = DecodeStep(
         pages=pages,
         lengths=lengths,
         common_length=_common(host_lengths),
-        open_pages=open_pages,
+        slots=open_pages.long() * size + offsets,
         open_lane_pages=cache.lane_pages(open_pages),
         offsets=offsets.repeat_interleave(groups),
+        fills=fills,
         pressed=cache.pressed,
         waves=[
             _plan_wave(
@@ -125,12 +133,32 @@ def plan_decode(
             cache.attention.plan_dense(host_lengths, pages, counts) if cache.store.dense else None
         ),
     )
+    return _look_ahead(cache, step) if cache.store.device.type == "cpu" else step
+
+
+def _look_ahead(cache: PagedCache, step: DecodeStep) -> DecodeStep:
+    """Look up for all layers at once what differs between them by their tables alone.
+
+    On a host an op costs its dispatch whatever its size, and the looked-up entries cannot change
+    within the step: open pages stay in their frames, and in a calm step all pages do.
+    """
+    table = cache.store.residency.frame_of
+    frames, size = cache.store.k_frames.shape[1:3]
+    lane_frames = None
+    if step.calm and len(step.waves) == 1:
+        lane_pages = step.waves[0].lane_pages
+        lane_frames = table.index_select(1, lane_pages.view(-1)).view(-1, *lane_pages.shape)
+    return dataclasses.replace(
+        step,
+        places=find_places(table, step.open_lane_pages, step.offsets, frames, size),
+        lane_frames=lane_frames,
+    )
 
 
 def _map_open_pages(
     cache: PagedCache, open_pages: torch.Tensor, offsets: torch.Tensor, host_lengths: list[int]
-) -> None:
-    """Give pages that this step begins a frame, and note those that it fills."""
+) -> bool:
+    """Give pages that this step begins a frame; returns whether it fills some."""
     size = cache.config.page_size
     opening = [row for row, length in enumerate(host_lengths) if length % size == 1]
     if opening:
@@ -141,6 +169,7 @@ def _map_open_pages(
         is_full = (offsets == size - 1) & (open_pages > 0)
         cache.store.sealed.index_copy_(0, open_pages.long(), is_full)
         cache.counters.sealed += full
+    return full > 0
 
 
 def _plan_wave(
@@ -166,7 +195,6 @@ def _plan_wave(
         attended = attended - (counts - budget).clamp(min=0) * size
     elif not cache.pressed:
         cache.counters.resident_hits += sum(page_counts) * cache.plan.geometry.lanes
-    full = over_budget or cache.pressed
     kept = [
         length - max(0, pages - budget) * size
         for length, pages in zip(own, page_counts, strict=True)
@@ -178,7 +206,7 @@ def _plan_wave(
         lane_pages=cache.lane_pages(pages[rows, :width].contiguous()),
         page_counts=counts,
         lengths=attended,
-        common_length=None if full else _common(own),
+        common_length=_common(kept),
         over_budget=over_budget,
         attention=cache.attention.plan_lanes(kept, number),
     )
@@ -210,7 +238,12 @@ def decode_managed(
     lane_rows = step.offsets.shape[0]
     heads = layer.k_frames.shape[2:]
     new: NewTokens | None = NewTokens(
-        step.open_lane_pages, step.offsets, k.view(lane_rows, *heads), v.view(lane_rows, *heads)
+        step.open_lane_pages,
+        step.offsets,
+        k.view(lane_rows, *heads),
+        v.view(lane_rows, *heads),
+        step.places[index] if step.places is not None else None,
+        step.fills,
     )
     lane_query = query.view(lane_rows, -1, query.shape[-1])
     outputs: list[torch.Tensor] = []
@@ -222,7 +255,9 @@ def decode_managed(
             lane_frames, recalls = _choose(cache, index, wave, rows, clock, scaling)
         else:
             with part("resolve"):
-                lane_frames, recalls = _look_up(layer, wave), None
+                known = step.lane_frames
+                lane_frames = _look_up(layer, wave) if known is None else known[index]
+            recalls = None
         move_pages(layer, new, recalls, clock, digest=cache.config.digest)
         new = None
         with part("attend"):
@@ -323,12 +358,10 @@ def decode_dense(
     query: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    groups: int,
     scaling: float,
 ) -> torch.Tensor:
     """Decode attention of one unmanaged layer over all its pages; shapes as the managed one's."""
-    offsets = step.offsets[::groups].contiguous()
-    write_tokens(layer.k_frames, layer.v_frames, step.open_pages, offsets, k, v)
+    write_tokens(layer.k_frames, layer.v_frames, step.slots, k, v)
     if step.dense_attention is not None:
         return step.dense_attention.run(query, layer.k_frames, layer.v_frames, scaling)
     return attend_frames(

@@ -29,7 +29,7 @@ class DecodeGraph:
 
         self._pages = zeros(rows, row_pages)
         self._lane_pages = self._pages if groups == 1 else zeros(lane_rows, row_pages)
-        self._lengths, self._open_pages = zeros(rows), zeros(rows)
+        self._lengths, self._slots = zeros(rows), zeros(rows).long()
         self._open_lane_pages, self._offsets = zeros(lane_rows), zeros(lane_rows)
         self._page_counts, self._attended = zeros(lane_rows), zeros(lane_rows)
 
@@ -48,7 +48,7 @@ class DecodeGraph:
             (self._pages, step.pages),
             (self._lane_pages, wave.lane_pages),
             (self._lengths, step.lengths),
-            (self._open_pages, step.open_pages),
+            (self._slots, step.slots),
             (self._open_lane_pages, step.open_lane_pages),
             (self._offsets, step.offsets),
             (self._page_counts, wave.page_counts),
@@ -64,7 +64,7 @@ class DecodeGraph:
             pages=self._pages[:rows],
             lengths=self._lengths[:rows],
             common_length=None,
-            open_pages=self._open_pages[:rows],
+            slots=self._slots[:rows],
             open_lane_pages=self._open_lane_pages[:lane_rows],
             offsets=self._offsets[:lane_rows],
             pressed=not calm,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from arkvale_kernels.attend import merge_parts
-from arkvale_kernels.layout import PagedLayer
+from arkvale_kernels.residency import find_places
 from arkvale_kernels.transfer import seal_frames, seal_pages, write_tokens
 from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.sizing import STAGING_TOKENS
@@ -36,14 +36,12 @@ class ExtendStep:
     """Everything about an extend batch that is the same in every layer."""
 
     sequences: list[Sequence]
-    token_pages: torch.Tensor
-    """``[tokens]`` int32 logical page of every token."""
-    offsets: torch.Tensor
-    """``[tokens]`` int64 place of every token in its page."""
+    slots: torch.Tensor
+    """``[tokens]`` int64 the engine's slot of every token, which is its place in a dense layer."""
     loose: torch.Tensor
     """``[loose]`` int64 tokens in pages that this chunk does not hold whole."""
-    loose_lane_pages: torch.Tensor
-    """``[loose * groups]`` int32."""
+    loose_places: torch.Tensor
+    """``[managed layers, loose * groups]`` int64, where their lanes hold them."""
     first_tokens: torch.Tensor
     """``[pages]`` int64 first token of every page that this chunk holds whole."""
     whole_lane_pages: torch.Tensor
@@ -94,14 +92,18 @@ def plan_extend(
         start = tokens.stop
     _note_sealed(cache, [*whole_pages, *topped_up])
     cache.prefix.start([block for sequence in sequences for block in sequence.prefix])
-    token_pages = (new_slots >> (size.bit_length() - 1)).to(torch.int32)
     loose_tokens = torch.cat(loose)
+    loose_slots = new_slots.index_select(0, loose_tokens)
     return ExtendStep(
         sequences=sequences,
-        token_pages=token_pages,
-        offsets=new_slots & (size - 1),
+        slots=new_slots,
         loose=loose_tokens,
-        loose_lane_pages=cache.lane_pages(token_pages.index_select(0, loose_tokens)),
+        loose_places=find_places(
+            cache.store.residency.frame_of,
+            cache.lane_pages((loose_slots >> (size.bit_length() - 1)).to(torch.int32)),
+            (loose_slots & (size - 1)).repeat_interleave(cache.plan.geometry.groups),
+            *cache.store.k_frames.shape[1:3],
+        ),
         first_tokens=torch.cat(first_tokens),
         whole_lane_pages=cache.lane_pages(torch.cat(whole_pages)),
         topped_up=cache.lane_pages(torch.cat(topped_up)) if topped_up else None,
@@ -214,7 +216,7 @@ def extend_managed(
         ``[tokens, query heads, head_dim]``.
     """
     layer = cache.store.managed[index]
-    _store_chunk(cache, layer, step, k, v)
+    _store_chunk(cache, index, step, k, v)
     out = _attend_sequences(
         cache.attention, step, query, k, v, scaling, functools.partial(cache.prefix.take, index)
     )
@@ -236,7 +238,7 @@ def extend_dense(
     scaling: float,
 ) -> torch.Tensor:
     """The same for one unmanaged layer, which holds every page."""
-    write_tokens(layer.k_frames, layer.v_frames, step.token_pages, step.offsets, k, v)
+    write_tokens(layer.k_frames, layer.v_frames, step.slots, k, v)
 
     def read(block: PrefixBlock) -> tuple[torch.Tensor, torch.Tensor]:
         k_pages, v_pages = (
@@ -269,19 +271,18 @@ def _attend_sequences(
 
 
 def _store_chunk(
-    cache: PagedCache, layer: PagedLayer, step: ExtendStep, k: torch.Tensor, v: torch.Tensor
+    cache: PagedCache, index: int, step: ExtendStep, k: torch.Tensor, v: torch.Tensor
 ) -> None:
     """Write the chunk into frames where it has them, and seal the pages it completes, beside the
     attention, which reads the chunk itself."""
-    groups, heads = cache.plan.geometry.groups, layer.k_frames.shape[2:]
-    frame_of, digest = layer.residency.frame_of, cache.config.digest
+    layer, digest = cache.store.managed[index], cache.config.digest
+    heads = layer.k_frames.shape[2:]
     with cache.transfers.beside(k, v):
         if step.loose.numel():
             write_tokens(
                 layer.k_frames,
                 layer.v_frames,
-                frame_of.index_select(0, step.loose_lane_pages),
-                step.offsets.index_select(0, step.loose).repeat_interleave(groups),
+                step.loose_places[index],
                 k.index_select(0, step.loose).view(-1, *heads),
                 v.index_select(0, step.loose).view(-1, *heads),
             )

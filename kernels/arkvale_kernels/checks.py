@@ -12,16 +12,21 @@ import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+DEBUG = os.environ.get("ARKVALE_DEBUG", "") not in ("", "0")
+"""Whether ids are checked too."""
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
     """Raise ``ValueError`` unless ``tensor`` has the expected shape (``None`` matches any size)."""
     shape = tensor.shape
-    if len(shape) != len(expected) or any(
-        want is not None and have != want for have, want in zip(shape, expected, strict=True)
-    ):
-        want = ", ".join("any" if size is None else str(size) for size in expected)
-        raise ValueError(f"{name} must have shape ({want}), got {tuple(shape)}")
+    if len(shape) == len(expected):
+        for have, want in zip(shape, expected, strict=True):
+            if have != want and want is not None:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if size is None else str(size) for size in expected)
+    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(shape)}")
 
 
 def check_same_dtype(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -88,7 +93,7 @@ def check_ids(
 ) -> None:
     """Under ``ARKVALE_DEBUG=1``: raise ``ValueError`` unless every id is in range; with ``counts
     [rows]``, only so many first ids of each row are ids at all."""
-    if os.environ.get("ARKVALE_DEBUG", "") in ("", "0") or ids.numel() == 0:
+    if not DEBUG or ids.numel() == 0:
         return
     if counts is not None:
         index = torch.arange(ids.shape[1], device=ids.device)

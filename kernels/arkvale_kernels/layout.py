@@ -104,3 +104,8 @@ class NewTokens(NamedTuple):
     k: torch.Tensor
     """``[rows, lane heads, head_dim]``."""
     v: torch.Tensor
+    places: torch.Tensor | None = None
+    """``[rows]`` int64 index of each token among all that the frames hold: a hint to the reference,
+    which else looks up frames."""
+    fills: bool = True
+    """Whether some token may fill its page: a hint to the reference, which else looks."""

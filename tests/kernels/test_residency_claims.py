@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arkvale_kernels import checks
 from arkvale_kernels.layout import FREE, PINNED, SCORE_BITS, FrameLists, Residency
 from arkvale_kernels.residency import claim_frames, find_frames, release_pages, resolve_pages
 from support.tables import CLOCK, Held, assert_paired, build, copy, random_lane, same, stacked
@@ -207,7 +208,7 @@ def test_bad_input_to_claim_and_release_is_refused_by_name(name, wrong, message)
 @pytest.mark.parametrize("page", [-1, 10])
 def test_ids_out_of_range_are_refused_in_debug_mode_alone(page, monkeypatch):
     """Looking at ids would stall the device; what stands beyond a row's end is nobody's id."""
-    monkeypatch.setenv("ARKVALE_DEBUG", "1")
+    monkeypatch.setattr(checks, "DEBUG", True)
     arguments = resolving()
     resolve_pages(**arguments)
     arguments["lane_pages"][3, 1] = page
@@ -229,6 +230,6 @@ def test_ids_out_of_range_are_refused_in_debug_mode_alone(page, monkeypatch):
     arguments["page_counts"][2] = 4
     with pytest.raises(ValueError, match=r"^page_counts must hold ids from 0 to 3, got 0 to 4"):
         find_frames(**arguments)
-    monkeypatch.delenv("ARKVALE_DEBUG")
+    monkeypatch.setattr(checks, "DEBUG", False)
     arguments["page_counts"][2] = 1
     find_frames(**arguments)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from arkvale_kernels import checks
 from arkvale_kernels.digest import build_digests
 from arkvale_kernels.layout import SelectionRule
 from arkvale_kernels.score import HEAD_REDUCES, kernel, reference, score_pages
@@ -259,7 +260,7 @@ def test_ids_out_of_range_are_refused_in_debug_mode_alone(monkeypatch):
     """Looking at ids would stall the device; what stands beyond a row's end is nobody's id."""
     arguments = good()
     arguments["lane_pages"][1] = GARBAGE
-    monkeypatch.setenv("ARKVALE_DEBUG", "1")
+    monkeypatch.setattr(checks, "DEBUG", True)
     score_pages(**arguments)
     arguments["page_counts"][1] = 10
     with pytest.raises(ValueError, match=r"^page_counts must hold ids from 0 to 9, got 9 to 10"):
@@ -267,6 +268,6 @@ def test_ids_out_of_range_are_refused_in_debug_mode_alone(monkeypatch):
     arguments["page_counts"][1], arguments["lane_pages"][0, 3] = 0, 5
     with pytest.raises(ValueError, match=r"^lane_pages must hold ids from 0 to 4, got 0 to 5"):
         score_pages(**arguments)
-    monkeypatch.setenv("ARKVALE_DEBUG", "0")
+    monkeypatch.setattr(checks, "DEBUG", False)
     arguments["lane_pages"][0, 3], arguments["page_counts"][0] = 4, -1
     score_pages(**arguments)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from arkvale_kernels import checks
 from arkvale_kernels.layout import SelectionRule
 from arkvale_kernels.select import kernel, reference, select_pages
 from support import oracle
@@ -276,7 +277,7 @@ def test_counts_out_of_range_are_refused_in_debug_mode_alone(monkeypatch):
     arguments = good()
     arguments["page_counts"][0] = -1
     select_pages(**arguments)
-    monkeypatch.setenv("ARKVALE_DEBUG", "1")
+    monkeypatch.setattr(checks, "DEBUG", True)
     with pytest.raises(ValueError, match=r"^page_counts must hold ids from 0 to 9, got -1 to 0"):
         select_pages(**arguments)
     arguments["page_counts"][0] = 10

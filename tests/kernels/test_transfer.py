@@ -219,7 +219,7 @@ def test_moving_nothing_changes_nothing(op, guards):
     op.move_pages(world.layer, None, Recalls(none, none, counts), world.clock, world.digest)
     op.seal_pages(world.layer, none, none, token, token, world.digest)
     op.gather_pages(world.layer, none, 1, (token, token))
-    op.write_tokens(world.layer.k_frames, world.layer.v_frames, none, none, token, token)
+    op.write_tokens(world.layer.k_frames, world.layer.v_frames, none.long(), token, token)
     world.assert_as_told()
 
 
@@ -314,20 +314,18 @@ def test_tokens_land_in_their_place_and_nowhere_else(op, shape, guards):
     k, v = (guards.hold(shape.values(4, seed=seed), frozen=True) for seed in (0, 1))
     for row, place in enumerate(zip(frames, offsets, strict=True)):
         world.k[place], world.v[place] = k[row], v[row]
-    ids = torch.tensor(frames, dtype=torch.int32), torch.tensor(offsets)
-    op.write_tokens(world.layer.k_frames, world.layer.v_frames, *ids, k, v)
+    places = torch.tensor(frames) * size + torch.tensor(offsets)
+    op.write_tokens(world.layer.k_frames, world.layer.v_frames, places, k, v)
     world.assert_as_told()
 
 
 @by_implementation
 @by_dtype
-def test_tokens_of_pages_without_a_frame_go_to_the_scratch_row(op, dtype, guards):
-    """-1 must not wrap around to a page's frame, even where several tokens have it; 17 heads of
-    200 channels take two tiles, the last one ragged."""
+def test_tokens_of_many_heads_land_whole(op, dtype, guards):
+    """17 heads of 200 channels take two tiles, the last one ragged; two tokens, one place."""
     new = normal(4, 17, 200, dtype=dtype)
-    frames = torch.tensor([-1, 1, -1, -1], dtype=torch.int32)
     held = [guards.empty(4, 16, 17, 200, dtype=dtype) for _ in range(2)]
-    op.write_tokens(*held, frames, torch.tensor([0, 5, 0, 15]), new, new)
+    op.write_tokens(*held, torch.tensor([48, 21, 48, 63]), new, new)
     for part in held:
         written = ~part.isnan().flatten(2).all(2)
         assert written.nonzero().tolist() == [[1, 5], [3, 0], [3, 15]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from arkvale_kernels import checks
 from arkvale_kernels.layout import NewTokens, PagedLayer, Recalls, Residency
 from arkvale_kernels.transfer import (
     gather_pages,
@@ -48,8 +49,8 @@ def layer(**wrong) -> PagedLayer:
 
 
 WRITE = {
-    "k_frames": LAYER.k_frames, "v_frames": LAYER.v_frames, "lane_frames": int32(0, -1),
-    "offsets": int32(3, 3), "k": TOKENS, "v": TOKENS,
+    "k_frames": LAYER.k_frames, "v_frames": LAYER.v_frames, "places": torch.tensor([3, 19]),
+    "k": TOKENS, "v": TOKENS,
 }  # fmt: skip
 MOVE = {"layer": LAYER, "new": NEW, "recalls": RECALLS, "clock": CLOCK, "digest": "cuboid-max"}
 SEAL = {
@@ -91,11 +92,10 @@ def test_a_layer_that_does_not_fit_together_is_refused_by_name(op, arguments, wr
     [
         ("v_frames", LAYER.v_frames[:4], r"^v_frames must have shape \(5, 16, 2, 64\)"),
         ("k_frames", LAYER.k_frames.transpose(1, 2), r"^v_frames must have shape \(5, 2, 16, 64\)"),
-        ("lane_frames", int32(0, 1, 1), r"^offsets must have shape \(3\)"),
-        ("lane_frames", torch.ones(2), "^lane_frames must be int32 or int64"),
-        ("lane_frames", int32(0, 1, 1, 1)[::2], r"^lane_frames must be contiguous with shape \(2"),
-        ("lane_frames", int32(0, 1).to(META), "^lane_frames must be on cpu, got meta"),
-        ("offsets", int32(1), r"^offsets must have shape \(2\)"),
+        ("places", torch.tensor([[0, 1]]), "^places must have shape"),
+        ("places", int32(0, 1), "^places must be torch.int64"),
+        ("places", torch.arange(4)[::2], r"^places must be contiguous with shape \(2"),
+        ("places", torch.arange(2).to(META), "^places must be on cpu, got meta"),
         ("k", normal(2, HEADS, 65), r"^k must have shape \(2, 2, 64\)"),
         ("k", TOKENS.half(), "^k is torch.float16 but k_frames is torch.float32"),
         ("v", normal(2, 3, DIM), r"^v must have shape \(2, 2, 64\)"),
@@ -107,12 +107,9 @@ def test_a_layer_that_does_not_fit_together_is_refused_by_name(op, arguments, wr
 def test_bad_tokens_are_refused_by_name(name, wrong, message):
     with pytest.raises(ValueError, match=message):
         write_tokens(**{**WRITE, name: wrong})
-    places = {"lane_frames": "lane_pages"}
-    if not name.endswith("v_frames") and name != "k_frames":
-        named = places.get(name, name)
-        new = NEW._replace(**{named: wrong})
-        again = message.replace("^", "^new.").replace("lane_frames", "lane_pages")
-        with pytest.raises(ValueError, match=again):
+    if not name.endswith("_frames"):
+        new = NEW._replace(**{name: wrong})
+        with pytest.raises(ValueError, match=message.replace("^", "^new.")):
             move_pages(**{**MOVE, "new": new})
     assert LAYER.k_frames.isnan().all() and LAYER.v_frames.isnan().all()
 
@@ -122,6 +119,12 @@ def test_bad_tokens_are_refused_by_name(name, wrong, message):
     [
         ("new", NEW._replace(lane_pages=int32()), "^new.lane_pages must have at least one row"),
         ("new", NEW._replace(lane_pages=int32(1, 6).view(2, 1)), r"^new.lane_pages must have sha"),
+        ("new", NEW._replace(lane_pages=int32(0, 1, 1)), r"^new.offsets must have shape \(3\)"),
+        ("new", NEW._replace(lane_pages=torch.ones(2)), "^new.lane_pages must be int32 or int64"),
+        ("new", NEW._replace(lane_pages=int32(0, 1).to(META)), "^new.lane_pages must be on cpu"),
+        ("new", NEW._replace(offsets=int32(1)), r"^new.offsets must have shape \(2\)"),
+        ("new", NEW._replace(offsets=torch.arange(4)[::2]), "^new.offsets must be contiguous"),
+        ("new", NEW._replace(places=torch.arange(3)), r"^new.places must have shape \(2\)"),
         ("recalls", RECALLS._replace(lane_pages=int32(2, 0, 7)), "^recalls.lane_frames must have"),
         ("recalls", RECALLS._replace(lane_frames=torch.ones(4)), "^recalls.lane_frames must be in"),
         ("recalls", RECALLS._replace(counts=int32(1, 1, 1)), "^recalls.counts must have a length"),
@@ -205,9 +208,8 @@ def test_staging_buffers_may_be_larger_than_what_is_read(guards):
 @pytest.mark.parametrize(
     "op, arguments, name, wrong, message",
     [
-        (write_tokens, WRITE, "lane_frames", int32(5, 0), "^lane_frames must hold ids .* 4"),
-        (write_tokens, WRITE, "lane_frames", int32(-2, 0), "^lane_frames must hold ids from -1"),
-        (write_tokens, WRITE, "offsets", int32(16, 0), "^offsets must hold ids from 0 to 15"),
+        (write_tokens, WRITE, "places", torch.tensor([80, 0]), "^places must hold ids .* 79"),
+        (write_tokens, WRITE, "places", torch.tensor([-1, 0]), "^places must hold ids .* 79"),
         (move_pages, MOVE, "new", NEW._replace(lane_pages=int32(1, 10)), "^new.lane_pages must"),
         (move_pages, MOVE, "new", NEW._replace(offsets=int32(-1, 1)), "^new.offsets must hold"),
         (
@@ -227,7 +229,7 @@ def test_staging_buffers_may_be_larger_than_what_is_read(guards):
 def test_ids_out_of_range_are_refused_in_debug_mode(
     op, arguments, name, wrong, message, monkeypatch
 ):
-    monkeypatch.setenv("ARKVALE_DEBUG", "1")
+    monkeypatch.setattr(checks, "DEBUG", True)
     with pytest.raises(ValueError, match=message):
         op(**{**arguments, name: wrong})
     assert LAYER.k_frames.isnan().all() and LAYER.host.isnan().all()
@@ -235,7 +237,7 @@ def test_ids_out_of_range_are_refused_in_debug_mode(
 
 def test_what_stands_beyond_the_counts_of_recalls_is_nobodys_id(monkeypatch):
     """They are allocated and never filled."""
-    monkeypatch.setenv("ARKVALE_DEBUG", "1")
+    monkeypatch.setattr(checks, "DEBUG", True)
     odd = 2**30
     recalls = Recalls(int32(2, odd, 7, odd), int32(1, odd, 3, odd), int32(1, 1))
     move_pages(**{**MOVE, "layer": good_layer(), "recalls": recalls})

@@ -38,11 +38,7 @@ def outputs(fake: FakeEngine, step, inputs):
     query, k, v = (
         torch.nn.functional.pad(part, (0, 0, 0, 0, 0, rows - len(part))) for part in inputs
     )
-    results = [
-        decode.decode_dense(
-            fake.cache.store.dense[0], step, query, k, v, fake.geometry.groups, fake.scaling
-        )
-    ]
+    results = [decode.decode_dense(fake.cache.store.dense[0], step, query, k, v, fake.scaling)]
     for layer in range(fake.geometry.managed_layers):
         results.append(decode.decode_managed(fake.cache, layer, step, query, k, v, fake.scaling))
     return results
@@ -73,7 +69,7 @@ def test_replayed_steps_equal_eager_ones(prompts, frames, budget, calm, groups):
         ]
         expected = outputs(eager, planned(eager, rows, 0), inputs)
         step = graph.load(planned(graphed, rows, PADDING), calm=calm)
-        for name in ("pages", "lengths", "open_pages", "open_lane_pages", "offsets"):
+        for name in ("pages", "lengths", "slots", "open_lane_pages", "offsets"):
             address = getattr(step, name).data_ptr()
             assert seen.setdefault(name, address) == address, "a graph reads fixed addresses"
         for found, wanted in zip(outputs(graphed, step, inputs), expected, strict=True):

@@ -96,7 +96,7 @@ def launches(config: Config) -> Iterator[Callable[[], object]]:
     yield lambda: transfer.seal_frames(layer, integers(4), clock, config.kind)
     yield lambda: transfer.gather_pages(layer, integers(4), 1, (chunk, chunk))
     yield lambda: transfer.write_tokens(
-        layer.k_frames, layer.v_frames, integers(4), integers(4), chunk[:4], chunk[:4]
+        layer.k_frames, layer.v_frames, integers(4).long(), chunk[:4], chunk[:4]
     )
     yield lambda: attend.attend_frames(
         query, layer.k_frames, layer.v_frames, integers(ROWS, BUDGET), counts, 0.1, None

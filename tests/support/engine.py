@@ -217,9 +217,8 @@ class FakeEngine:
                 self._remember(layer, row, length, k[index : index + 1], v[index : index + 1])
             managed = layer - self.geometry.dense_layers
             if managed < 0:
-                groups = self.geometry.groups
                 dense = self.cache.store.dense[layer]
-                out = decode.decode_dense(dense, step, query, k, v, groups, self.scaling)
+                out = decode.decode_dense(dense, step, query, k, v, self.scaling)
                 chosen = None
             else:
                 residents = self._residents(managed, rows)

@@ -44,8 +44,8 @@ def attend_frames(
         lengths: ``[rows]`` int32 or int64 tokens in the row's list; its last page may be partly
             filled.
         scaling: factor on the logits.
-        common_length: the length of every row when all agree and no entry is -1: a hint to the
-            reference, which then needs no mask.
+        common_length: the length of every row when all agree: a hint to the reference, which then
+            needs no mask unless some entry is -1.
 
     Returns:
         ``[rows, query heads, head_dim]`` in the query's dtype and the log-sum-exp ``[rows, query

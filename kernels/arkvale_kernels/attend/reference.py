@@ -46,24 +46,26 @@ def attend_frames(
     """See :func:`arkvale_kernels.attend.api.attend_frames`."""
     rows, query_heads, head_dim = query.shape
     page_size, kv_heads = k_frames.shape[1:3]
-    inside = None
-    if common_length is None:
-        inside = _inside(lane_frames, lengths, page_size)
-    else:
-        lane_frames = lane_frames[:, : -(-common_length // page_size)]
-    tokens = lane_frames.shape[1] * page_size
     folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
+    shape = rows, -1, kv_heads, head_dim
+    if common_length:
+        lane_frames = lane_frames[:, : -(-common_length // page_size)]
+        if lane_frames.amin() >= 0:
+            listed = lane_frames.reshape(-1)
+            k, v = (
+                frames.flatten(1).index_select(0, listed).view(shape)[:, :common_length]
+                for frames in (k_frames, v_frames)
+            )
+            out, lse = _attend(folded, k.transpose(1, 2), v.transpose(1, 2), scaling)
+            return out.reshape(query.shape), lse.reshape(rows, query_heads)
+
+    inside = _inside(lane_frames, lengths, page_size)
     k, v = (
-        _read(frames, lane_frames, inside)
-        .view(rows, tokens, kv_heads, head_dim)[:, :common_length]
-        .transpose(1, 2)
-        for frames in (k_frames, v_frames)
+        held.view(shape).transpose(1, 2)
+        for held in _read((k_frames, v_frames), lane_frames, inside)
     )
-    if inside is None:
-        out, lse = _attend(folded, k, v, scaling)
-        return out.reshape(query.shape), lse.reshape(rows, query_heads)
     mask = torch.zeros(inside.shape, dtype=query.dtype, device=query.device)
-    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, tokens)
+    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, -1)
     out, lse = _attend(folded, k, v, scaling, mask.expand(-1, kv_heads, folded.shape[2], -1))
     empty = ~inside.flatten(1).any(1)
     out = out.reshape(query.shape).masked_fill(empty.view(rows, 1, 1), 0.0)
@@ -78,22 +80,24 @@ def _inside(lane_frames: torch.Tensor, lengths: torch.Tensor, page_size: int) ->
 
 
 def _read(
-    frames: torch.Tensor, lane_frames: torch.Tensor, inside: torch.Tensor | None
-) -> torch.Tensor:
+    both: tuple[torch.Tensor, torch.Tensor], lane_frames: torch.Tensor, inside: torch.Tensor
+) -> list[torch.Tensor]:
     """Copy the frames of every row, zeros where ``inside [rows, pages, page_size]`` is false.
 
     What stands there is what another request left, and a mask on the logits would let its NaN
     through.  A list's entries beyond its length are no frames at all, so frame 0 is read instead.
     """
-    if inside is None:
-        return frames.flatten(1).index_select(0, lane_frames.reshape(-1))
-    listed = lane_frames.masked_fill(~inside.any(2), 0)
-    pages = frames.flatten(1).index_select(0, listed.reshape(-1))
+    listed = lane_frames.masked_fill(~inside.any(2), 0).reshape(-1)
     inside = inside.flatten(0, 1)
     partial = (~inside.all(1)).nonzero().squeeze(1)
-    tokens = pages.index_select(0, partial).unflatten(1, (frames.shape[1], -1))
-    tokens.masked_fill_(~inside.index_select(0, partial).unsqueeze(-1), 0.0)
-    return pages.index_copy_(0, partial, tokens.flatten(1))
+    outside = ~inside.index_select(0, partial).unsqueeze(-1)
+    found = []
+    for frames in both:
+        pages = frames.flatten(1).index_select(0, listed)
+        tokens = pages.index_select(0, partial).unflatten(1, (frames.shape[1], -1))
+        pages.index_copy_(0, partial, tokens.masked_fill_(outside, 0.0).flatten(1))
+        found.append(pages)
+    return found
 
 
 def attend_part(

@@ -5,6 +5,7 @@ from arkvale_kernels.residency.api import (
     Resolution,
     claim_frames,
     find_frames,
+    find_places,
     release_pages,
     resolve_pages,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "Resolution",
     "claim_frames",
     "find_frames",
+    "find_places",
     "release_pages",
     "resolve_pages",
 ]

@@ -121,6 +121,36 @@ def find_frames(
     return reference.find_frames(frame_of, lane_pages, page_counts, scratch, lists)
 
 
+def find_places(
+    frame_of: torch.Tensor,
+    lane_pages: torch.Tensor,
+    offsets: torch.Tensor,
+    lane_frames: int,
+    page_size: int,
+) -> torch.Tensor:
+    """Where tokens of open pages lie in every layer; like :func:`claim_frames`, once per pass.
+
+    Args:
+        frame_of: ``[layers, lane pages]`` int32.
+        lane_pages: ``[tokens]`` int page of each token; offsets: ``[tokens]`` int place in it.
+        lane_frames: frames of a layer, the scratch row included, which takes the tokens of pages
+            without a frame.
+        page_size: tokens of a frame.
+
+    Returns:
+        ``[layers, tokens]`` int64 index among all tokens that the frames of a layer hold.
+    """
+    checks.check_shape("frame_of", frame_of, (None, None))
+    checks.check_dtype("frame_of", frame_of, torch.int32)
+    checks.check_shape("lane_pages", lane_pages, (None,))
+    checks.check_shape("offsets", offsets, tuple(lane_pages.shape))
+    checks.check_integers(lane_pages=lane_pages, offsets=offsets)
+    checks.check_device(frame_of, lane_pages=lane_pages, offsets=offsets)
+    checks.check_ids("lane_pages", lane_pages, frame_of.shape[1])
+    checks.check_ids("offsets", offsets, page_size)
+    return reference.find_places(frame_of, lane_pages, offsets, lane_frames, page_size)
+
+
 def claim_frames(
     residency: Residency,
     pages: torch.Tensor,

@@ -90,6 +90,19 @@ def find_frames(
     return frames
 
 
+def find_places(
+    frame_of: torch.Tensor,
+    lane_pages: torch.Tensor,
+    offsets: torch.Tensor,
+    lane_frames: int,
+    page_size: int,
+) -> torch.Tensor:
+    """See :func:`arkvale_kernels.residency.api.find_places`."""
+    frames = frame_of.index_select(1, lane_pages)
+    frames = frames.masked_fill_(frames < 0, lane_frames - 1)
+    return frames.long() * page_size + offsets
+
+
 def _write_lists(lists: FrameLists | None, lane_frames: torch.Tensor, scratch: int) -> None:
     if lists is None:
         return

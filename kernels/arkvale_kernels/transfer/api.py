@@ -17,29 +17,26 @@ from arkvale_kernels.transfer import reference
 def write_tokens(
     k_frames: torch.Tensor,
     v_frames: torch.Tensor,
-    lane_frames: torch.Tensor,
-    offsets: torch.Tensor,
+    places: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
     """Write tokens into frames.
 
     Args:
-        lane_frames: ``[tokens]`` int frame of each token's page, -1 sends it to the scratch row.
-        offsets: ``[tokens]`` int place of the token in its page.
+        places: ``[tokens]`` int64 index of each token among all that the frames hold.
         k, v: ``[tokens, lane heads, head_dim]``.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit together.
     """
     _check_frames(k_frames, v_frames)
-    _check_tokens(k_frames, "", lane_frames=lane_frames, offsets=offsets, k=k, v=v)
-    checks.check_ids("lane_frames", lane_frames, k_frames.shape[0], least=-1)
+    _check_tokens(k_frames, "", places, k, v)
     if k.is_cuda:
         from arkvale_kernels.transfer import kernel
 
-        return kernel.write_tokens(k_frames, v_frames, lane_frames, offsets, k, v)
-    return reference.write_tokens(k_frames, v_frames, lane_frames, offsets, k, v)
+        return kernel.write_tokens(k_frames, v_frames, places, k, v)
+    return reference.write_tokens(k_frames, v_frames, places, k, v)
 
 
 def move_pages(
@@ -70,8 +67,7 @@ def move_pages(
     if new is not None:
         checks.check_shape("new.lane_pages", new.lane_pages, (None,))
         checks.check_rows("new.lane_pages", new.lane_pages.unsqueeze(1))
-        _check_tokens(layer.k_frames, "new.", **new._asdict())
-        checks.check_ids("new.lane_pages", new.lane_pages, layer.host.shape[0])
+        _check_new(layer, new)
     if recalls is not None:
         _check_recalls(layer, recalls)
     if layer.k_frames.is_cuda:
@@ -245,18 +241,38 @@ def _check_recalls(layer: PagedLayer, recalls: Recalls) -> None:
         checks.check_ids(name, ids.view(groups, -1), limit, counts=counts)
 
 
-def _check_tokens(k_frames: torch.Tensor, prefix: str, **tensors: torch.Tensor) -> None:
-    """Frames or pages of tokens, their ``offsets``, ``k`` and ``v``, in this order."""
-    names = [prefix + name for name in tensors]
-    places, offsets, k, v = tensors.values()
-    checks.check_shape(names[0], places, (None,))
-    checks.check_shape(names[1], offsets, (places.shape[0],))
-    checks.check_shape(names[2], k, (places.shape[0], *k_frames.shape[2:]))
-    checks.check_shape(names[3], v, tuple(k.shape))
-    named = dict(zip(names, tensors.values(), strict=True))
-    checks.check_integers(**{names[0]: places, names[1]: offsets})
+def _check_new(layer: PagedLayer, new: NewTokens) -> None:
+    count, places = new.lane_pages.shape[0], new.places
+    named = {"new.lane_pages": new.lane_pages, "new.offsets": new.offsets}
+    checks.check_shape("new.offsets", new.offsets, (count,))
+    checks.check_integers(**named)
     checks.check_dense(**named)
-    checks.check_same_dtype(names[2], k, "k_frames", k_frames)
-    checks.check_same_dtype(names[3], v, "k_frames", k_frames)
-    checks.check_device(k_frames, **named)
-    checks.check_ids(names[1], offsets, k_frames.shape[1])
+    checks.check_device(layer.k_frames, **named)
+    checks.check_ids("new.lane_pages", new.lane_pages, layer.host.shape[0])
+    checks.check_ids("new.offsets", new.offsets, layer.k_frames.shape[1])
+    if places is not None:
+        checks.check_shape("new.places", places, (count,))
+    _check_tokens(layer.k_frames, "new.", places, new.k, new.v, count)
+
+
+def _check_tokens(
+    k_frames: torch.Tensor,
+    prefix: str,
+    places: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    count: int | None = None,
+) -> None:
+    tokens = {f"{prefix}k": k, f"{prefix}v": v}
+    if places is not None:
+        name, count = f"{prefix}places", places.shape[0]
+        checks.check_shape(name, places, (None,))
+        checks.check_dtype(name, places, torch.int64)
+        checks.check_dense(**{name: places})
+        checks.check_device(k_frames, **{name: places})
+        checks.check_ids(name, places, k_frames.shape[0] * k_frames.shape[1])
+    for name, part in tokens.items():
+        checks.check_shape(name, part, (count, *k_frames.shape[2:]))
+        checks.check_same_dtype(name, part, "k_frames", k_frames)
+    checks.check_dense(**tokens)
+    checks.check_device(k_frames, **tokens)

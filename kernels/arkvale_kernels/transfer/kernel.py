@@ -133,12 +133,10 @@ def _move_pages(k_frames, v_frames, host_address, digests, frame_of, heat, clock
 
 
 @triton.jit
-def _write_tokens(k_frames, v_frames, lane_frames, offsets, k, v, scratch, page_size,
-                  elements: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _write_tokens(k_frames, v_frames, places, k, v, elements: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    frame = tl.load(lane_frames + token).to(tl.int64)
-    offset = tl.load(offsets + token).to(tl.int64)
-    target = (tl.where(frame < 0, scratch, frame) * page_size + offset) * elements
+    target = tl.load(places + token) * elements
     for first in tl.static_range(0, elements, BLOCK):
         element = first + tl.arange(0, BLOCK)
         inside = element < elements
@@ -231,25 +229,20 @@ def _burst(elements: int) -> int:
 def write_tokens(
     k_frames: torch.Tensor,
     v_frames: torch.Tensor,
-    lane_frames: torch.Tensor,
-    offsets: torch.Tensor,
+    places: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
     """See :func:`arkvale_kernels.transfer.api.write_tokens`."""
-    frames, page_size, heads, head_dim = k_frames.shape
-    if lane_frames.shape[0] == 0:
+    if places.shape[0] == 0:
         return
-    elements = heads * head_dim
-    _write_tokens[(lane_frames.shape[0],)](
+    elements = k_frames.shape[2] * k_frames.shape[3]
+    _write_tokens[(places.shape[0],)](
         k_frames,
         v_frames,
-        lane_frames,
-        offsets,
+        places,
         k,
         v,
-        frames - 1,
-        page_size,
         elements=elements,
         BLOCK=min(2048, triton.next_power_of_2(elements)),
         num_warps=4,
@@ -282,7 +275,7 @@ def move_pages(
         layer.residency.frame_of,
         layer.residency.heat,
         clock,
-        *(new if new is not None else (clock, clock, layer.k_frames, layer.k_frames)),
+        *(new[:4] if new is not None else (clock, clock, layer.k_frames, layer.k_frames)),
         0 if new is None else new.lane_pages.shape[0],
         *recalled,
         0 if recalls is None else recalls.lane_pages.shape[0] // groups,

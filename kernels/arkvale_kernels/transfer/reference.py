@@ -7,22 +7,19 @@ import torch
 from arkvale_kernels.digest.reference import build_digests
 from arkvale_kernels.layout import SCORE_BITS, NewTokens, PagedLayer, Recalls
 from arkvale_kernels.profile import part
+from arkvale_kernels.residency.reference import find_places
 
 
 def write_tokens(
     k_frames: torch.Tensor,
     v_frames: torch.Tensor,
-    lane_frames: torch.Tensor,
-    offsets: torch.Tensor,
+    places: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
     """See :func:`arkvale_kernels.transfer.api.write_tokens`."""
-    page_size = k_frames.shape[1]
-    frames = lane_frames.masked_fill(lane_frames < 0, k_frames.shape[0] - 1)
-    rows = frames.long() * page_size + offsets
-    k_frames.flatten(0, 1).index_copy_(0, rows, k)
-    v_frames.flatten(0, 1).index_copy_(0, rows, v)
+    k_frames.flatten(0, 1).index_copy_(0, places, k)
+    v_frames.flatten(0, 1).index_copy_(0, places, v)
 
 
 def move_pages(
@@ -43,8 +40,13 @@ def move_pages(
 
 def _append(layer: PagedLayer, new: NewTokens, clock: torch.Tensor, digest: str) -> None:
     """Write the new tokens and seal the pages that they fill."""
-    frames = layer.residency.frame_of.index_select(0, new.lane_pages)
-    write_tokens(layer.k_frames, layer.v_frames, frames, new.offsets, new.k, new.v)
+    places = new.places
+    if places is None:
+        table = layer.residency.frame_of.unsqueeze(0)
+        places = find_places(table, new.lane_pages, new.offsets, *layer.k_frames.shape[:2])[0]
+    write_tokens(layer.k_frames, layer.v_frames, places, new.k, new.v)
+    if not new.fills:
+        return
     full = (new.offsets == layer.k_frames.shape[1] - 1) & (new.lane_pages > 0)
     sealing = new.lane_pages.masked_select(full)
     if sealing.numel():
