@@ -45,6 +45,8 @@ class CpuPagedAllocator(paged.PagedTokenToKVPoolAllocator):
         )
         if not self._reserve(pages):
             return None
+        if pages == 0:
+            return last_loc.long() + 1
         opens = (seq_lens - 1) % self.page_size == 0
         fresh = torch.zeros_like(last_loc, dtype=torch.int64)
         fresh[opens] = self.free_pages[:pages] * self.page_size

@@ -106,53 +106,59 @@ def plan_decode(
     offsets = (lengths - 1) & (size - 1)
     fills = _map_open_pages(cache, open_pages, offsets, host_lengths)
     groups = cache.plan.geometry.groups
-    step = DecodeStep(
+    offsets_by_lane = offsets.repeat_interleave(groups)
+    open_lane_pages = cache.lane_pages(open_pages)
+    waves = [
+        _plan_wave(
+            cache,
+            settings[rows_of[0]] if settings else cache.config,
+            rows,
+            pages,
+            counts,
+            lengths,
+            host_lengths,
+            slice(*rows_of),
+            number,
+        )
+        for number, rows_of in enumerate(cache.waves(page_counts, settings))
+    ]
+    places, lane_frames = _look_ahead(cache, open_lane_pages, offsets_by_lane, waves)
+    return DecodeStep(
         pages=pages,
         lengths=lengths,
         common_length=_common(host_lengths),
         slots=open_pages.long() * size + offsets,
-        open_lane_pages=cache.lane_pages(open_pages),
-        offsets=offsets.repeat_interleave(groups),
-        fills=fills,
+        open_lane_pages=open_lane_pages,
+        offsets=offsets_by_lane,
         pressed=cache.pressed,
-        waves=[
-            _plan_wave(
-                cache,
-                settings[rows_of[0]] if settings else cache.config,
-                rows,
-                pages,
-                counts,
-                lengths,
-                host_lengths,
-                slice(*rows_of),
-                number,
-            )
-            for number, rows_of in enumerate(cache.waves(page_counts, settings))
-        ],
+        waves=waves,
         dense_attention=(
             cache.attention.plan_dense(host_lengths, pages, counts) if cache.store.dense else None
         ),
-    )
-    return _look_ahead(cache, step) if cache.store.device.type == "cpu" else step
-
-
-def _look_ahead(cache: PagedCache, step: DecodeStep) -> DecodeStep:
-    """Look up for all layers at once what differs between them by their tables alone.
-
-    On a host an op costs its dispatch whatever its size, and the looked-up entries cannot change
-    within the step: open pages stay in their frames, and in a calm step all pages do.
-    """
-    table = cache.store.residency.frame_of
-    frames, size = cache.store.k_frames.shape[1:3]
-    lane_frames = None
-    if step.calm and len(step.waves) == 1:
-        lane_pages = step.waves[0].lane_pages
-        lane_frames = table.index_select(1, lane_pages.view(-1)).view(-1, *lane_pages.shape)
-    return dataclasses.replace(
-        step,
-        places=find_places(table, step.open_lane_pages, step.offsets, frames, size),
+        fills=fills,
+        places=places,
         lane_frames=lane_frames,
     )
+
+
+def _look_ahead(
+    cache: PagedCache, open_lane_pages: torch.Tensor, offsets: torch.Tensor, waves: list[Wave]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Look up for all layers at once what differs between them by their tables alone: places of
+    the new tokens, and in a calm step the frames of all pages.
+
+    On a host an op costs its dispatch whatever its size.  What is looked up stays true throughout
+    the step: open pages keep their frames, and in a calm step all pages do.
+    """
+    if cache.store.device.type != "cpu":
+        return None, None
+    table = cache.store.residency.frame_of
+    places = find_places(table, open_lane_pages, offsets, *cache.store.k_frames.shape[1:3])
+    if cache.pressed or len(waves) > 1 or waves[0].over_budget:
+        return places, None
+    lane_pages = waves[0].lane_pages
+    lane_frames = table.index_select(1, lane_pages.view(-1))
+    return places, lane_frames.view(-1, *lane_pages.shape)
 
 
 def _map_open_pages(

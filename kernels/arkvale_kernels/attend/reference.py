@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-_fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_fused_cpu = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 def _attend(
