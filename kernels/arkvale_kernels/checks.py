@@ -1,12 +1,16 @@
 """Argument checks shared by the op APIs; every failure names the argument and what it should be.
 
-Shapes, dtypes, strides and devices are always checked.  Checks that read the device, such as page
-ids out of range, run only under ``ARKVALE_DEBUG=1``: they stall a stream and forbid graph capture.
+Shapes, dtypes, strides and devices are always checked, once for every combination of them.  Checks
+that read the device, such as page ids out of range, run only under ``ARKVALE_DEBUG=1``: they stall
+a stream and forbid graph capture.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,6 +18,35 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 DEBUG = os.environ.get("ARKVALE_DEBUG", "") not in ("", "0")
 """Whether ids are checked too."""
+
+_REMEMBERED = 4096
+"""Combinations kept for an op; a server meets a new one whenever a batch or a row grows."""
+
+
+def by_layout(check: Callable[..., None]) -> Callable[..., None]:
+    """Run an op's check only for arguments of a layout that has not passed before.
+
+    What it asks is told by shape, stride, dtype and device of tensors (alone, in tuples, or absent)
+    and by the other arguments themselves: in each layer of each step they are the same again.
+    """
+    passed: set[Any] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> None:
+        layout = tuple(map(_layout, arguments))
+        if DEBUG or layout not in passed:
+            check(*arguments)
+            if len(passed) >= _REMEMBERED:
+                passed.clear()
+            passed.add(layout)
+
+    return checked
+
+
+def _layout(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return tuple(map(_layout, argument)) if isinstance(argument, tuple) else argument
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:

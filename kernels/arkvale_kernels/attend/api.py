@@ -12,6 +12,7 @@ from arkvale_kernels.attend import reference
 from arkvale_kernels.checks import (
     FLOATS,
     INTEGERS,
+    by_layout,
     check_contiguous_last,
     check_dtype,
     check_rows,
@@ -51,6 +52,20 @@ def attend_frames(
         ``[rows, query heads, head_dim]`` in the query's dtype and the log-sum-exp ``[rows, query
         heads]`` float32; 0 and minus infinity for a row without any token.
     """
+    _check_frames(query, k_frames, v_frames, lane_frames, lengths)
+    return _implementation(query).attend_frames(
+        query, k_frames, v_frames, lane_frames, lengths, scaling, common_length
+    )
+
+
+@by_layout
+def _check_frames(
+    query: torch.Tensor,
+    k_frames: torch.Tensor,
+    v_frames: torch.Tensor,
+    lane_frames: torch.Tensor,
+    lengths: torch.Tensor,
+) -> None:
     check_shape("query", query, (None, None, None))
     rows, _, head_dim = query.shape
     check_rows("query", query)
@@ -67,9 +82,6 @@ def attend_frames(
         query, k_frames=k_frames, v_frames=v_frames, lane_frames=lane_frames, lengths=lengths
     )
     _check_heads(query, k_frames.shape[2])
-    return _implementation(query).attend_frames(
-        query, k_frames, v_frames, lane_frames, lengths, scaling, common_length
-    )
 
 
 def attend_chunk(
@@ -137,6 +149,7 @@ def _kernel() -> Any:
     return importlib.import_module("arkvale_kernels.attend.kernel")
 
 
+@by_layout
 def _check_keys(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: int | None) -> None:
     """The kernels trust their caller: a short ``v`` would be read beyond its end."""
     check_shape("query", query, (None, None, None))

@@ -56,6 +56,25 @@ def resolve_pages(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit together.
     """
+    _check_resolve(residency, lane_pages, scores, clock, counts, groups, lists)
+    arguments: Any = (residency, lane_pages, scores, clock, counts, groups, lists)
+    if lane_pages.is_cuda:
+        from arkvale_kernels.residency import kernel
+
+        return Resolution(*kernel.resolve_pages(*arguments))
+    return Resolution(*reference.resolve_pages(*arguments))
+
+
+@checks.by_layout
+def _check_resolve(
+    residency: Residency,
+    lane_pages: torch.Tensor,
+    scores: torch.Tensor | None,
+    clock: torch.Tensor,
+    counts: torch.Tensor,
+    groups: int,
+    lists: FrameLists | None,
+) -> None:
     _check_tables(residency, 1)
     checks.check_shape("lane_pages", lane_pages, (None, None))
     checks.check_rows("lane_pages", lane_pages)
@@ -75,12 +94,6 @@ def resolve_pages(
         checks.check_dense(scores=scores)
         checks.check_device(lane_pages, scores=scores)
     _check_lists(lists, lane_pages)
-    arguments: Any = (residency, lane_pages, scores, clock, counts, groups, lists)
-    if lane_pages.is_cuda:
-        from arkvale_kernels.residency import kernel
-
-        return Resolution(*kernel.resolve_pages(*arguments))
-    return Resolution(*reference.resolve_pages(*arguments))
 
 
 def find_frames(
@@ -103,6 +116,21 @@ def find_frames(
     Returns:
         ``[rows, pages]`` int32, -1 beyond a row's count.
     """
+    _check_find(frame_of, lane_pages, page_counts, lists)
+    if lane_pages.is_cuda:
+        from arkvale_kernels.residency import kernel
+
+        return kernel.find_frames(frame_of, lane_pages, page_counts, scratch, lists)
+    return reference.find_frames(frame_of, lane_pages, page_counts, scratch, lists)
+
+
+@checks.by_layout
+def _check_find(
+    frame_of: torch.Tensor,
+    lane_pages: torch.Tensor,
+    page_counts: torch.Tensor,
+    lists: FrameLists | None,
+) -> None:
     checks.check_shape("frame_of", frame_of, (None,))
     checks.check_shape("lane_pages", lane_pages, (None, None))
     checks.check_rows("lane_pages", lane_pages)
@@ -114,11 +142,6 @@ def find_frames(
     checks.check_ids("page_counts", page_counts, lane_pages.shape[1] + 1)
     checks.check_ids("lane_pages", lane_pages, frame_of.shape[0], counts=page_counts)
     _check_lists(lists, lane_pages)
-    if lane_pages.is_cuda:
-        from arkvale_kernels.residency import kernel
-
-        return kernel.find_frames(frame_of, lane_pages, page_counts, scratch, lists)
-    return reference.find_frames(frame_of, lane_pages, page_counts, scratch, lists)
 
 
 def find_places(

@@ -45,12 +45,7 @@ def score_pages(
     Raises:
         ValueError: unknown ``head_reduce``, or shapes, dtypes, strides or devices that do not fit.
     """
-    if head_reduce not in HEAD_REDUCES:
-        raise ValueError(
-            f"head_reduce {head_reduce!r} is unknown; choose one of {', '.join(HEAD_REDUCES)}"
-        )
-    _check(query, digests, frame_of, lane_pages, page_counts)
-    rule.check()
+    _check(query, digests, frame_of, lane_pages, page_counts, rule, head_reduce)
     arguments = (query, digests, frame_of, lane_pages, page_counts, rule, head_reduce, scaling)
     if query.is_cuda:
         from arkvale_kernels.score import kernel
@@ -59,13 +54,21 @@ def score_pages(
     return reference.score_pages(*arguments)
 
 
+@checks.by_layout
 def _check(
     query: torch.Tensor,
     digests: torch.Tensor,
     frame_of: torch.Tensor,
     lane_pages: torch.Tensor,
     page_counts: torch.Tensor,
+    rule: SelectionRule,
+    head_reduce: str,
 ) -> None:
+    if head_reduce not in HEAD_REDUCES:
+        raise ValueError(
+            f"head_reduce {head_reduce!r} is unknown; choose one of {', '.join(HEAD_REDUCES)}"
+        )
+    rule.check()
     checks.check_shape("query", query, (None, None, None))
     rows, query_heads, head_dim = query.shape
     checks.check_rows("query", query)

@@ -40,6 +40,18 @@ def select_pages(
         ValueError: shapes, dtypes, strides or devices that do not fit together, or a rule whose
             parts exceed its budget.
     """
+    _check(scores, lane_pages, page_counts, rule)
+    if scores.is_cuda:
+        from arkvale_kernels.select import kernel
+
+        return Selection(*kernel.select_pages(scores, lane_pages, page_counts, rule))
+    return Selection(*reference.select_pages(scores, lane_pages, page_counts, rule))
+
+
+@checks.by_layout
+def _check(
+    scores: torch.Tensor, lane_pages: torch.Tensor, page_counts: torch.Tensor, rule: SelectionRule
+) -> None:
     rule.check()
     checks.check_shape("scores", scores, (None, None))
     checks.check_rows("scores", scores)
@@ -51,8 +63,3 @@ def select_pages(
     checks.check_integers(lane_pages=lane_pages, page_counts=page_counts)
     checks.check_device(scores, lane_pages=lane_pages, page_counts=page_counts)
     checks.check_ids("page_counts", page_counts, scores.shape[1] + 1)
-    if scores.is_cuda:
-        from arkvale_kernels.select import kernel
-
-        return Selection(*kernel.select_pages(scores, lane_pages, page_counts, rule))
-    return Selection(*reference.select_pages(scores, lane_pages, page_counts, rule))

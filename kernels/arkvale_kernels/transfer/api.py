@@ -30,8 +30,7 @@ def write_tokens(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit together.
     """
-    _check_frames(k_frames, v_frames)
-    _check_tokens(k_frames, "", places, k, v)
+    _check_write(k_frames, v_frames, places, k, v)
     if k.is_cuda:
         from arkvale_kernels.transfer import kernel
 
@@ -61,15 +60,7 @@ def move_pages(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit together.
     """
-    _check_layer(layer)
-    _check_clock(layer, clock)
-    check_kind(digest)
-    if new is not None:
-        checks.check_shape("new.lane_pages", new.lane_pages, (None,))
-        checks.check_rows("new.lane_pages", new.lane_pages.unsqueeze(1))
-        _check_new(layer, new)
-    if recalls is not None:
-        _check_recalls(layer, recalls)
+    _check_move(layer, new, recalls, clock, digest)
     if layer.k_frames.is_cuda:
         from arkvale_kernels.transfer import kernel
 
@@ -178,6 +169,35 @@ def gather_pages(
     return staged
 
 
+@checks.by_layout
+def _check_write(
+    k_frames: torch.Tensor,
+    v_frames: torch.Tensor,
+    places: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    _check_frames(k_frames, v_frames)
+    _check_tokens(k_frames, "", places, k, v)
+
+
+@checks.by_layout
+def _check_move(
+    layer: PagedLayer,
+    new: NewTokens | None,
+    recalls: Recalls | None,
+    clock: torch.Tensor,
+    digest: str,
+) -> None:
+    _check_layer(layer)
+    _check_clock(layer, clock)
+    check_kind(digest)
+    if new is not None:
+        _check_new(layer, new)
+    if recalls is not None:
+        _check_recalls(layer, recalls)
+
+
 def _check_frames(k_frames: torch.Tensor, v_frames: torch.Tensor) -> None:
     checks.check_shape("k_frames", k_frames, (None, None, None, None))
     checks.check_shape("v_frames", v_frames, tuple(k_frames.shape))
@@ -187,6 +207,7 @@ def _check_frames(k_frames: torch.Tensor, v_frames: torch.Tensor) -> None:
     checks.check_device(k_frames, v_frames=v_frames)
 
 
+@checks.by_layout
 def _check_layer(layer: PagedLayer) -> None:
     _check_frames(layer.k_frames, layer.v_frames)
     frame, pages = tuple(layer.k_frames.shape[1:]), layer.host.shape[0]
@@ -242,6 +263,8 @@ def _check_recalls(layer: PagedLayer, recalls: Recalls) -> None:
 
 
 def _check_new(layer: PagedLayer, new: NewTokens) -> None:
+    checks.check_shape("new.lane_pages", new.lane_pages, (None,))
+    checks.check_rows("new.lane_pages", new.lane_pages.unsqueeze(1))
     count, places = new.lane_pages.shape[0], new.places
     named = {"new.lane_pages": new.lane_pages, "new.offsets": new.offsets}
     checks.check_shape("new.offsets", new.offsets, (count,))
