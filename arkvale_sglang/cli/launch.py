@@ -79,6 +79,12 @@ class Server:
         self.stop()
         raise ServerFailed(f"the server did not answer in {START_SECONDS:.0f} s: {self.tail()}")
 
+    @property
+    def pid(self) -> int:
+        """Of the process that leads all others of the server."""
+        assert self._process is not None
+        return self._process.pid
+
     def wait(self, seconds: float | None = None) -> int:
         """Wait until the process ends; returns its exit code."""
         assert self._process is not None

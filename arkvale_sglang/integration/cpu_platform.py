@@ -62,6 +62,14 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return CpuPagedAllocator
 
+    def get_torch_profiler_activity_str(self) -> str:
+        """What ``/start_profile`` calls this device; SGLang's own answer ends the server."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        """The activity of that name."""
+        return torch.profiler.ProfilerActivity.CPU
+
     def is_pin_memory_available(self, device: object = None) -> bool:
         """No: there is no second memory to copy to."""
         return False

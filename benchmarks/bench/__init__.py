@@ -1,0 +1,1 @@
+"""Speed and capacity beside stock SGLang: ``make bench``."""

@@ -1,0 +1,157 @@
+"""Latency: time per token, follow-up turns, cost while nothing is evicted, prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from arkvale_sglang.cli.launch import Server
+from bench.sides import (
+    ARKVALE,
+    Log,
+    Row,
+    Sides,
+    first_token,
+    peak_bytes,
+    per_token,
+    prompt,
+    row,
+    sides,
+)
+
+DECODED = 24
+POOL = 300_000
+"""Tokens that stock's pool holds: all that is asked of it, so that it never evicts."""
+DEVICE_TOKENS = 32_768
+"""Tokens that the policy's frames hold: eight rows of the largest budget."""
+FOLLOW_UP = 16
+"""Tokens of a follow-up message."""
+
+
+def decoding(
+    case: str,
+    model: Path,
+    contexts: dict[int, tuple[int, ...]],
+    budgets: Sequence[int],
+    rounds: int,
+    log: Log,
+    dense_layers: int = 0,
+) -> Iterator[Row]:
+    """Time per output token over context, batch and budget.
+
+    Args:
+        contexts: batch sizes of each context length.
+        dense_layers: layers that the policy leaves alone.
+    """
+    pool = ["--max-total-tokens", str(POOL)]
+    arkvale = [
+        *ARKVALE, *pool, "--arkvale-budget", str(max(budgets)), "--arkvale-device-tokens",
+        str(DEVICE_TOKENS), "--arkvale-host-memory", "3",
+        "--arkvale-dense-layers", str(dense_layers),
+    ]  # fmt: skip
+    with sides(model, pool, arkvale) as both:
+        for context, batches in contexts.items():
+            for batch in batches:
+                prompts = [prompt(context, (context, index)) for index in range(batch)]
+                yield from _grid(case, both, prompts, budgets, rounds, log)
+        asked = sum(context * max(batches) for context, batches in contexts.items())
+        if asked > DEVICE_TOKENS:
+            must_have_evicted(both.arkvale)
+
+
+def _grid(
+    case: str,
+    both: Sides,
+    prompts: list[list[int]],
+    budgets: Sequence[int],
+    rounds: int,
+    log: Log,
+) -> Iterator[Row]:
+    context, batch = len(prompts[0]), len(prompts)
+    stock: list[float] = []
+    ours: dict[int, list[float]] = {budget: [] for budget in budgets}
+    for side, server in both.each():
+        for tokens in prompts:  # one by one: prefill is not what is measured here
+            first_token(server, tokens)
+        for _ in range(rounds):
+            if side == "stock":
+                stock.append(per_token(server, prompts, DECODED))
+                continue
+            for budget, times in ours.items():
+                times.append(per_token(server, prompts, DECODED, {"budget": budget}))
+    for budget, times in ours.items():
+        where = {"context": context, "batch": batch, "budget": budget}
+        yield row(case, {"stock": stock, "arkvale": times}, log, "ms", **where)
+
+
+def follow_ups(model: Path, contexts: Sequence[int], rounds: int, log: Log) -> Iterator[Row]:
+    """Time to the first token of a short message over a cached context."""
+    pool = ["--max-total-tokens", str(POOL)]
+    arkvale = [
+        *ARKVALE, *pool, "--arkvale-budget", "1024", "--arkvale-device-tokens", "8192",
+        "--arkvale-host-memory", "3", "--arkvale-dense-layers", "0",
+    ]  # fmt: skip
+    with sides(model, pool, arkvale) as both:
+        for context in contexts:
+            history = prompt(context, context)
+            times: dict[str, list[float]] = {"stock": [], "arkvale": []}
+            for side, server in both.each():
+                first_token(server, history)
+                for turn in range(rounds):
+                    message = prompt(FOLLOW_UP, (context, turn))
+                    times[side].append(first_token(server, [*history, *message]))
+            yield row("follow_up", times, log, "ms", context=context, budget=1024)
+
+
+def under_budget(model: Path, rounds: int, log: Log) -> Iterator[Row]:
+    """Decode and prefill where everything fits and nothing is evicted."""
+    roomy = ["--max-total-tokens", "65536"]
+    arkvale = [*ARKVALE, *roomy, "--arkvale-budget", "4096", "--arkvale-host-memory", "1"]
+    with sides(model, roomy, arkvale) as both:
+        for case, context in (("under_budget_decode", 512), ("under_budget_prefill", 2048)):
+            times: dict[str, list[float]] = {"stock": [], "arkvale": []}
+            for turn in range(-1, rounds):
+                for side, server in both.each():
+                    if case == "under_budget_decode":
+                        elapsed = per_token(server, [prompt(context, 0)], 64)
+                    else:
+                        elapsed = first_token(server, prompt(context, f"fresh {turn}"))
+                    if turn >= 0:
+                        times[side].append(elapsed)
+            yield row(case, times, log, "ms", context=context, budget=4096)
+        evicted = both.arkvale.arkvale()["pages_evicted"]
+        if evicted:
+            raise RuntimeError(f"{evicted} pages were evicted, so the measurement is void.")
+
+
+def prefilling(
+    model: Path, device_tokens: int, factors: Sequence[int], rounds: int, log: Log
+) -> Iterator[Row]:
+    """Prefill of prompts of several times the device's frames, against frames for all of them:
+    in these rows ``stock`` is the policy itself with room for everything."""
+    most = device_tokens * max(factors)
+    shared = [
+        *ARKVALE, "--max-total-tokens", str(2 * most), "--arkvale-budget", "1024",
+        "--arkvale-host-memory", "1", "--arkvale-dense-layers", "0",
+    ]  # fmt: skip
+    large = [*shared, "--arkvale-device-tokens", str(2 * most)]
+    small = [*shared, "--arkvale-device-tokens", str(device_tokens)]
+    with sides(model, large, small) as both:
+        for factor in factors:
+            context = device_tokens * factor
+            times: dict[str, list[float]] = {"stock": [], "arkvale": []}
+            for turn in range(rounds):
+                for side, server in both.each():
+                    server.post("/flush_cache", {})
+                    times[side].append(first_token(server, prompt(context, f"{factor} {turn}")))
+            found = row("prefill", times, log, "ms", context=context, budget=1024)
+            peaks = {side: peak_bytes(server) for side, server in vars(both).items()}
+            yield {**found, "device_tokens": device_tokens, "peak_bytes": peaks}
+        if max(factors) > 1:
+            must_have_evicted(both.arkvale)
+
+
+def must_have_evicted(server: Server) -> None:
+    """Raise ``RuntimeError`` if a measurement that needs evictions saw none."""
+    if not server.arkvale()["pages_evicted"]:
+        raise RuntimeError("nothing was evicted, so the measurement is void.")

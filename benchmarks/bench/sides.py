@@ -1,0 +1,161 @@
+"""Stock SGLang and the policy on one machine, measured in turn on the same requests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from arkvale_sglang.cli.launch import Server
+
+Row = dict[str, Any]
+Log = Callable[[str], None]
+
+COMMON = ["--random-seed", "1", "--log-level", "warning", "--context-length", "131072"]
+STOCK = ["--chunked-prefill-size", "-1", "--mem-fraction-static", "0.8"]
+"""Stock attends to a cached prefix as if it were new, so chunks would cost it their number."""
+ARKVALE = ["--kv-policy", "arkvale", "--chunked-prefill-size", "4096"]
+VOCABULARY = (2, 258)
+WARM = 3
+"""First gaps between tokens, which are left out."""
+
+
+@dataclasses.dataclass
+class Sides:
+    """Two running servers; while one is measured the other's processes are suspended."""
+
+    stock: Server
+    arkvale: Server
+
+    def each(self) -> Iterator[tuple[str, Server]]:
+        """Name and server of one side after the other, alone on the machine."""
+        for name, other in (("stock", self.arkvale), ("arkvale", self.stock)):
+            with other.paused():
+                yield name, getattr(self, name)
+
+
+@contextlib.contextmanager
+def sides(model: Path, stock: Sequence[str], arkvale: Sequence[str]) -> Iterator[Sides]:
+    """Start both, one after the other, for the length of the block.
+
+    ``stock`` may be the policy too, where two of its settings are compared.
+    """
+    plain = [] if "--kv-policy" in stock else STOCK
+    with Server(model, [*COMMON, *plain, *stock]) as first:
+        second = Server(model, [*COMMON, *arkvale])
+        with first.paused():
+            second.start()
+        try:
+            yield Sides(first, second)
+        finally:
+            second.stop()
+
+
+def prompt(length: int, seed: object) -> list[int]:
+    """Random tokens; the same seed gives the same ones."""
+    rng = random.Random(str(seed))
+    return [rng.randrange(*VOCABULARY) for _ in range(length)]
+
+
+def body(tokens: list[int], new: int, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A request of ``/generate`` that decodes exactly ``new`` tokens."""
+    sampling: dict[str, Any] = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
+    if settings:
+        sampling["custom_params"] = {"arkvale": settings}
+    return {"input_ids": tokens, "sampling_params": sampling}
+
+
+def first_token(server: Server, tokens: list[int]) -> float:
+    """Milliseconds from the request to its only token."""
+    begin = time.perf_counter()
+    server.post("/generate", body(tokens, 1))
+    return (time.perf_counter() - begin) * 1e3
+
+
+def per_token(
+    server: Server,
+    prompts: Sequence[list[int]],
+    new: int,
+    settings: dict[str, Any] | None = None,
+) -> float:
+    """Median milliseconds between tokens while all requests decode together."""
+    stamps: list[list[float]] = [[] for _ in prompts]
+
+    def read(index: int) -> None:
+        for _ in server.stream(body(prompts[index], new, settings)):
+            stamps[index].append(time.perf_counter())
+
+    together(read, range(len(prompts)))
+    start, end = max(own[0] for own in stamps), min(own[-1] for own in stamps)
+    gaps = [
+        later - earlier
+        for own in stamps
+        for earlier, later in itertools.pairwise(own[WARM:])
+        if earlier >= start and later <= end
+    ]
+    if len(gaps) < len(prompts):
+        raise RuntimeError(
+            "the requests never decoded together, so nothing was measured; decode more tokens."
+        )
+    return statistics.median(gaps) * 1e3
+
+
+def together(work: Callable[[int], None], items: Sequence[int]) -> None:
+    """Run ``work`` for every item at once; the first failure is raised."""
+    failures: list[BaseException] = []
+
+    def run(item: int) -> None:
+        try:
+            work(item)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(item,)) for item in items]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def peak_bytes(server: Server) -> int:
+    """Most resident memory that any process of the server has had: its scheduler's."""
+    root = psutil.Process(server.pid)
+    peaks = []
+    for process in (root, *root.children(recursive=True)):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        line = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
+        if line:
+            peaks.append(int(line.split()[1]) * 1024)
+    return max(peaks)
+
+
+def row(case: str, times: dict[str, list[float]], log: Log, unit: str, **where: Any) -> Row:
+    """A line of the result: medians, the median ratio of the rounds, and its spread."""
+    ratios = sorted(
+        theirs / ours for theirs, ours in zip(times["stock"], times["arkvale"], strict=True)
+    )
+    found = {
+        "case": case,
+        **{"context": None, "batch": 1, "budget": None, **where},
+        "stock": round(statistics.median(times["stock"]), 3),
+        "arkvale": round(statistics.median(times["arkvale"]), 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "spread": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "unit": unit,
+    }
+    log(
+        f"{case:22s} {found['context']:6d} x {found['batch']:<3d} budget {found['budget']:5d}  "
+        f"{found['stock']:10.2f} -> {found['arkvale']:9.2f} {unit:2s} {found['ratio']:7.2f}x"
+    )
+    return found
