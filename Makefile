@@ -4,7 +4,7 @@ RUN = .venv/bin/python
 KERNEL_TESTS = tests/kernels
 OTHER_TESTS = --ignore tests/kernels
 
-.PHONY: demo serve test lint quality needle-model bench-smoke setup clean
+.PHONY: demo serve test lint quality needle-model bench bench-smoke setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make lint         ruff, mypy"
 	@echo "make quality      what a budget costs in answers, against full attention and rules that drop"
 	@echo "make needle-model train the model that demo and quality use, about 20 minutes"
+	@echo "make bench        stock SGLang and arkvale in turn, all of docs/performance.md, under half an hour"
 	@echo "make bench-smoke  stock SGLang and arkvale in turn: three cases, about 4 minutes"
 
 setup:
@@ -43,6 +44,9 @@ quality: setup
 
 needle-model: setup
 	@PYTHONPATH=examples $(RUN) -m needle_model.train $(ARGS)
+
+bench: setup
+	@PYTHONPATH=examples:benchmarks $(RUN) -m bench $(ARGS)
 
 bench-smoke: setup
 	@$(RUN) benchmarks/smoke.py

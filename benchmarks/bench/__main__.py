@@ -1,9 +1,10 @@
 """Speed and capacity, side by side with stock SGLang in one run.
 
-    PYTHONPATH=examples:benchmarks python -m bench [--quick | --full] [--only SECTION]
+    make bench                  about 25 minutes, writes docs/performance.md
+    make bench ARGS=--quick     about 5 minutes, writes under build/bench
 
-Writes ``bench.json`` under ``--out``: a row for every case, with the medians of both sides, the
-median ratio of the rounds and its spread.
+Writes ``bench.json``: a row for every case, with the medians of both sides, the median ratio of the
+rounds and its spread.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import latency, throughput
+from bench import latency, report, steps, throughput
+from bench.sides import Log, Row
 from conditions import conditions
 from tiny_model import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 1024
+LAYERS = 4
+MODELS = {
+    "mha": "Llama of 4 layers, 8 query and 8 KV heads of 64, as the paper's model has one KV head "
+    "for each query head",
+    "gqa": "the same with 2 KV heads",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Scale:
     contexts: dict[int, tuple[int, ...]]
     """Context lengths and the batch sizes of each."""
     budgets: tuple[int, ...]
+    others: int
+    """Context at which the GQA model and dense layers are measured."""
     follow_ups: tuple[int, ...]
     loads: tuple[throughput.Load, ...]
     prefill_factors: tuple[int, ...]
@@ -40,41 +51,59 @@ class Scale:
 
 
 DEFAULT = Scale(
-    contexts={512: (1, 4, 8), 2 * K: (1, 4, 8), 8 * K: (1, 4, 8), 16 * K: (1, 4), 32 * K: (1,),
-              64 * K: (1,)},
-    budgets=(512, 1024, 2048, 4096), follow_ups=(K, 4 * K, 16 * K, 32 * K),
-    loads=throughput.LOADS, prefill_factors=(1, 2, 4, 8), rounds=2,
+    contexts={
+        512: (1, 4, 8), 2 * K: (1, 4, 8), 4 * K: (1,), 8 * K: (1, 4, 8), 16 * K: (1, 4),
+        32 * K: (1,), 64 * K: (1,),
+    },
+    budgets=(512, 1024, 2048, 4096), others=32 * K, follow_ups=(K, 4 * K, 16 * K, 32 * K),
+    loads=throughput.LOADS, prefill_factors=(1, 2, 4, 8), rounds=3,
 )  # fmt: skip
 QUICK = Scale(
-    contexts={512: (1,), 8 * K: (1, 4)}, budgets=(1024,), follow_ups=(4 * K,),
-    loads=tuple(dataclasses.replace(load, chats=6, new=16) for load in throughput.LOADS[1:2]),
+    contexts={512: (1,), 8 * K: (1, 4)}, budgets=(1024,), others=8 * K, follow_ups=(8 * K,),
+    loads=(dataclasses.replace(throughput.LOADS[1], chats=8, new=32),),
     prefill_factors=(1, 4), rounds=1,
 )  # fmt: skip
 FULL = dataclasses.replace(
-    DEFAULT, contexts={n * K // 2: (1, 4, 8) for n in (1, 4, 16, 32, 64, 128)}, rounds=5
+    DEFAULT,
+    contexts={n * K // 2: (1, 4, 8) if n <= 32 else (1, 4) for n in (1, 4, 8, 16, 32, 64, 128)},
+    rounds=5,
 )
-SECTIONS = ("under_budget", "decode", "follow_up", "prefill", "throughput")
 
 
-def measure(
-    scale: Scale, chosen: tuple[str, ...], model: Path, log: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> Iterator[Row]:
     """Rows of the result, as they come."""
-    sections: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "under_budget": lambda: latency.under_budget(model, 3 * scale.rounds, log),
-        "decode": lambda: latency.decoding(model, scale.contexts, scale.budgets, scale.rounds, log),
-        "follow_up": lambda: latency.follow_ups(model, scale.follow_ups, scale.rounds, log),
-        "prefill": lambda: latency.prefilling(
-            model, 4 * K, scale.prefill_factors, scale.rounds, log
-        ),
-        "throughput": lambda: throughput.throughput(model, scale.loads, scale.rounds, log),
-    }
+    mha = make_model(folder / "mha", layers=LAYERS, kv_heads=8)
+    gqa = make_model(folder / "gqa", layers=LAYERS, kv_heads=2)
+    one = {scale.others: (1,)}
     for number, name in enumerate(chosen, 1):
         log(f"section {number} of {len(chosen)}: {name}")
-        yield from sections[name]()
+        match name:
+            case "under_budget":
+                yield from latency.under_budget(mha, 4 * scale.rounds, log)
+            case "decode":
+                yield from latency.decoding(
+                    "decode", mha, scale.contexts, scale.budgets, scale.rounds, log
+                )
+            case "others":
+                yield from latency.decoding("decode_gqa", gqa, one, (1024,), scale.rounds, log)
+                yield from latency.decoding(
+                    "decode_dense_2", mha, one, (1024,), scale.rounds, log, dense_layers=2
+                )
+            case "follow_up":
+                yield from latency.follow_ups(mha, scale.follow_ups, scale.rounds, log)
+            case "prefill":
+                yield from latency.prefilling(mha, 4 * K, scale.prefill_factors, 1, log)
+            case "throughput":
+                yield from throughput.throughput(mha, scale.loads, 1, log)
+            case "steps":
+                yield from steps.breakdown(mha, scale.others, LAYERS, log)
 
 
-def main() -> int:
+SECTIONS = ("under_budget", "decode", "others", "follow_up", "prefill", "throughput", "steps")
+
+
+def options() -> argparse.Namespace:
+    """What was asked for; a part of the whole does not go where the whole is kept."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -82,27 +111,42 @@ def main() -> int:
     size.add_argument("--quick", dest="scale", action="store_const", const=QUICK)
     size.add_argument("--full", dest="scale", action="store_const", const=FULL)
     parser.add_argument("--only", choices=SECTIONS, action="append", help="default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path, help="folder of bench.json")
+    parser.add_argument("--docs", type=Path, help="folder of performance.md and its images")
     parser.set_defaults(scale=DEFAULT)
-    options = parser.parse_args()
-    if (options.only or options.scale is QUICK) and options.out == parser.get_default("out"):
-        parser.error(
-            "--quick and --only measure a part, which would replace the whole in bench.json; name "
-            "another folder with --out"
-        )
+    chosen = parser.parse_args()
+    part = bool(chosen.only) or chosen.scale is QUICK
+    chosen.out = chosen.out or ROOT / ("build/bench" if part else "benchmarks/results")
+    chosen.docs = chosen.docs or ROOT / ("build/bench" if part else "docs")
+    return chosen
+
+
+def main() -> int:
+    chosen = options()
     begin, about = time.monotonic(), conditions()
 
     def log(line: str) -> None:
         print(f"  {(time.monotonic() - begin) / 60:5.1f} min  {line}", flush=True)
 
-    chosen = tuple(options.only or SECTIONS)
+    sections: tuple[str, ...] = tuple(chosen.only or SECTIONS)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    chosen.docs.mkdir(parents=True, exist_ok=True)
+    if not (chosen.docs / report.PAGE).exists():
+        shutil.copy(ROOT / "docs" / report.PAGE, chosen.docs)
+    rows: list[Row] = []
+
+    def save(name: str) -> None:
+        minutes = round((time.monotonic() - begin) / 60, 1)
+        found: dict[str, Any] = {**about, "minutes": minutes, "models": MODELS, "rows": rows}
+        (chosen.out / name).write_text(json.dumps(found, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder) / "bench_model")
-        rows = list(measure(options.scale, chosen, model, log))
-    about["minutes"] = round((time.monotonic() - begin) / 60, 1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "bench.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    print(f"\n{options.out / 'bench.json'}")
+        for row in measure(chosen.scale, sections, Path(folder), log):
+            rows.append(row)
+            save("bench.json.part")
+    save("bench.json")
+    (chosen.out / "bench.json.part").unlink()
+    print(f"\n{chosen.out / 'bench.json'}\n{report.write(chosen.out, chosen.docs)}")
     return 0
 
 

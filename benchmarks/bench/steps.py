@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from arkvale_sglang.cli.launch import Server
-from bench.sides import COMMON, body, per_token, prompt
+from bench.sides import ARKVALE, COMMON, Log, Row, body, per_token, prompt
 
 PARTS = ("append", "score", "select", "resolve", "recall", "attend")
-STEPS = 16
+STEPS = 24
 
 
-def breakdown(model: Path, log: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of every part of a step at 32K tokens and a budget of 1024, and of the rest."""
+def breakdown(model: Path, context: int, layers: int, log: Log) -> Iterator[Row]:
+    """Milliseconds of every part of a decode step at a budget of 1024, and of all else.
+
+    The profiler slows ops down, so its shares are applied to the time without it.
+    """
     flags = [
-        *COMMON, "--kv-policy", "arkvale", "--max-total-tokens", "131072",
-        "--arkvale-budget", "1024", "--arkvale-device-tokens", "8192",
-        "--arkvale-host-memory", "1", "--arkvale-dense-layers", "0",
+        *COMMON, *ARKVALE, "--max-total-tokens", str(2 * context), "--arkvale-budget", "1024",
+        "--arkvale-device-tokens", "4096", "--arkvale-host-memory", "2",
+        "--arkvale-dense-layers", "0",
     ]  # fmt: skip
-    tokens = prompt(32_768, "steps")
+    tokens = prompt(context, "steps")
     with Server(model, flags) as server, tempfile.TemporaryDirectory() as folder:
-        whole = per_token(server, [tokens], 2 * STEPS, None)
+        whole = statistics.median(per_token(server, [tokens], 2 * STEPS) for _ in range(3))
         server.post("/start_profile", {"output_dir": folder, "activities": ["CPU"]})
         server.post("/generate", body(tokens, STEPS))
         server.post("/stop_profile", {})
-        spent = _spent(_trace(Path(folder)))
-    parts = {name: spent.get(name, 0.0) / (STEPS - 1) for name in PARTS}
-    parts["rest"] = max(0.0, whole - sum(parts.values()))
-    for name, elapsed in parts.items():
-        log(f"step  {name:8s} {elapsed:7.3f} ms")
+        shares = shares_of(_trace(Path(folder)), layers)
+    for name, share in shares.items():
+        log(f"step  {name:8s} {share * whole:7.3f} ms  {100 * share:5.1f} %")
         yield {
             "case": "step",
             "part": name,
-            "milliseconds": round(elapsed, 4),
-            "context": 32_768,
+            "context": context,
             "batch": 1,
             "budget": 1024,
+            "arkvale": round(share * whole, 4),
+            "unit": "ms",
         }
 
 
@@ -53,18 +57,26 @@ def _trace(folder: Path, seconds: float = 60.0) -> list[dict[str, Any]]:
         for file in folder.rglob("*.json.gz"):
             try:
                 with gzip.open(file, "rt") as text:
-                    return json.load(text)["traceEvents"]
+                    events: list[dict[str, Any]] = json.load(text)["traceEvents"]
+                    return events
             except (EOFError, ValueError):
                 break  # still being written
         time.sleep(0.5)
     raise RuntimeError(f"the server wrote no profile in {seconds:.0f} s.")
 
 
-def _spent(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds in each named part."""
+def shares_of(events: list[dict[str, Any]], layers: int) -> dict[str, float]:
+    """Share of each named part in a decode step, the rest last; the first steps are left out."""
+    named = sorted(
+        (event["ts"], event["name"].removeprefix("arkvale."), event["dur"])
+        for event in events
+        if event.get("ph") == "X" and str(event.get("name", "")).startswith("arkvale.")
+    )
+    starts = [begin for begin, name, _ in named if name == "attend"][::layers][2:]
+    whole = statistics.median(after - before for before, after in itertools.pairwise(starts))
     spent: dict[str, float] = defaultdict(float)
-    for event in events:
-        name = str(event.get("name", ""))
-        if event.get("ph") == "X" and name.startswith("arkvale."):
-            spent[name.removeprefix("arkvale.")] += event["dur"] / 1e3
-    return spent
+    for begin, name, elapsed in named:
+        if starts[0] <= begin < starts[-1]:
+            spent[name] += elapsed / (len(starts) - 1)
+    shares = {name: spent[name] / whole for name in PARTS}
+    return {**shares, "rest": max(0.0, 1 - sum(shares.values()))}

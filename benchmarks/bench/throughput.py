@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from arkvale_sglang.cli.launch import Server
 from bench.latency import must_have_evicted
-from bench.sides import ARKVALE, Log, Row, row, sides
+from bench.sides import ARKVALE, Log, Row, body, prompt, row, sides, together
 
 DEVICE_TOKENS = 8192
 """On either side: stock's whole pool, and the frames of the policy."""
@@ -23,7 +25,7 @@ BUDGET = 256
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Chats that arrive at once, as ``sglang.bench_serving`` makes them."""
+    """Chats that arrive at once."""
 
     case: str
     chats: int
@@ -40,25 +42,9 @@ class Load:
         """Tokens of a chat's first prompt."""
         return self.shared + self.message
 
-    def options(self) -> list[str]:
-        """Of ``sglang.bench_serving``."""
-        if not self.shared:
-            return [
-                "--dataset-name", "random-ids", "--num-prompts", str(self.chats),
-                "--random-input-len", str(self.message), "--random-output-len", str(self.new),
-                "--random-range-ratio", "1",
-            ]  # fmt: skip
-        groups, members = (1, self.chats) if self.turns == 1 else (self.chats, 1)
-        return [
-            "--dataset-name", "generated-shared-prefix", "--gsp-num-groups", str(groups),
-            "--gsp-prompts-per-group", str(members), "--gsp-system-prompt-len", str(self.shared),
-            "--gsp-question-len", str(self.message), "--gsp-output-len", str(self.new),
-            "--gsp-num-turns", str(self.turns), "--gsp-range-ratio", "1", "--gsp-fast-prepare",
-        ]  # fmt: skip
-
 
 LOADS = (
-    Load("long_prompts", chats=32, shared=0, message=4000, new=512),
+    Load("long_prompts", chats=16, shared=0, message=4000, new=512),
     Load("shared_prefix", chats=25, shared=6000, message=200, new=128),
     Load("returning_chats", chats=16, shared=4000, message=100, new=64, turns=3),
 )
@@ -99,20 +85,58 @@ def throughput(model: Path, loads: Sequence[Load], rounds: int, log: Log) -> Ite
 
 
 def hold(server: Server, model: Path, load: Load, seed: int) -> dict[str, Any]:
-    """What ``sglang.bench_serving`` found on one load."""
+    """Seconds for the load and latencies, by ``sglang.bench_serving`` where it knows such a load:
+    its shared prefixes are text, whose tokens it cannot count exactly."""
+    server.post("/flush_cache", {})
+    if load.shared:
+        return _talk(server, load, seed)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.jsonl"
         command = [
             sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang",
             "--base-url", server.url, "--model", str(model), "--tokenizer", str(model),
-            "--seed", str(seed), "--flush-cache", "--warmup-requests", "0", "--disable-tqdm",
-            "--output-file", str(out), *load.options(),
+            "--seed", str(seed), "--warmup-requests", "0", "--disable-tqdm",
+            "--dataset-name", "random-ids", "--tokenize-prompt", "--num-prompts", str(load.chats),
+            "--random-input-len", str(load.message), "--random-output-len", str(load.new),
+            "--random-range-ratio", "1", "--output-file", str(out),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode or not out.exists():
-            raise RuntimeError(f"sglang.bench_serving failed: {(done.stdout + done.stderr)[-2000:]}")
+            said = (done.stdout + done.stderr)[-2000:]
+            raise RuntimeError(f"sglang.bench_serving failed: {said}")
         found: dict[str, Any] = json.loads(out.read_text().splitlines()[-1])
-    asked = load.chats * load.turns
-    if found["completed"] != asked:
-        raise RuntimeError(f"only {found['completed']} of {asked} requests were answered.")
+    if found["total_output_tokens"] != load.chats * load.new:
+        raise RuntimeError(f"only {found['total_output_tokens']} tokens were answered.")
     return found
+
+
+def _talk(server: Server, load: Load, seed: int) -> dict[str, Any]:
+    """The same figures for chats on one document, or on a document each where they take turns."""
+    first: list[float] = []
+    gaps: list[float] = []
+
+    def chat(number: int) -> None:
+        document = (seed, "all" if load.turns == 1 else number)
+        history = prompt(load.shared, document)
+        for turn in range(load.turns):
+            history += prompt(load.message, (seed, number, turn))
+            stamps = [time.perf_counter()]
+            answer: list[int] = []
+            for part in server.stream(body(history, load.new)):
+                stamps.append(time.perf_counter())
+                answer = part["output_ids"]
+            if len(answer) != load.new:
+                raise RuntimeError(f"only {len(answer)} of {load.new} tokens were answered.")
+            history += answer
+            first.append(stamps[1] - stamps[0])
+            gaps.extend(after - before for before, after in itertools.pairwise(stamps[1:]))
+
+    begin = time.perf_counter()
+    together(chat, range(load.chats))
+    duration = time.perf_counter() - begin
+    return {
+        "duration": duration,
+        "output_throughput": load.chats * load.turns * load.new / duration,
+        "median_ttft_ms": 1e3 * statistics.median(first),
+        "median_itl_ms": 1e3 * statistics.median(gaps),
+    }

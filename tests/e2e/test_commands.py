@@ -27,6 +27,7 @@ RUN_BY = {
     "make needle-model": "test_training_stops_resumes_and_exports",
     "python benchmarks/evaluate.py": "test_lm_eval_runs_on_both_policies",
     "arkvale plan": "tests/tools/test_plan.py",
+    "make bench": "test_the_benchmark_fills_its_page_from_its_rows",
     "make bench-smoke": "test_the_smoke_benchmark_writes_its_result",
     "python benchmarks/gpu_check.py": "test_the_gpu_check_is_right_in_the_interpreter",
     "python benchmarks/gpu_e2e.py": "the CPU run in tests/e2e/test_gpu_scripts.py",
@@ -37,7 +38,10 @@ RUN_BY = {
 }
 
 
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("design", "quality", "planning")))
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("design", "performance", "planning", "quality")),
+)
 
 
 def commands_in(text: str) -> list[str]:
@@ -108,6 +112,27 @@ def test_the_quality_command_fills_its_page_from_its_csv(tmp_path):
     assert {path.name for path in tmp_path.glob("images/*.png")} == {
         f"quality_{name}.png" for name in ("lengths", "passkey", "moving", "overlap")
     }
+
+
+def test_the_benchmark_fills_its_page_from_its_rows(tmp_path):
+    done = run(
+        "make", "bench", f"PYTHON={sys.executable}",
+        f"ARGS=--quick --only steps --only follow_up --out {tmp_path} --docs {tmp_path}",
+        seconds=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    follow_up, *steps = sorted(rows, key=lambda row: row["case"])
+    assert follow_up["ratio"] > 1 and follow_up["context"] == 8192
+    parts = {row["part"]: row["arkvale"] for row in steps}
+    assert min(parts[part] for part in ("append", "score", "select", "resolve", "attend")) > 0
+    assert 0 < parts["rest"] < sum(parts.values())
+    page = (tmp_path / "performance.md").read_text()
+    assert f"| {follow_up['stock']:,.2f} | {follow_up['arkvale']:,.2f} |" in page
+    assert "Not measured in this run." in page
+    assert {path.name for path in tmp_path.glob("images/*.png")} == {
+        "performance_follow_up.png", "performance_steps.png",
+    }  # fmt: skip
 
 
 def test_training_stops_resumes_and_exports(tmp_path):

@@ -9,9 +9,9 @@ from arkvale_kernels.layout import FREE, PINNED, SCORE_BITS, FrameLists, Recalls
 
 def heat_of(scores: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
     """The clock above the score's leading bits, in an order that integers understand."""
-    bits = scores.contiguous().view(torch.int32).long()
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 0x80000000
-    return (clock << SCORE_BITS) | (ordered >> (32 - SCORE_BITS))
+    bits = scores.contiguous().view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - SCORE_BITS)
+    return ordered.long() + ((clock << SCORE_BITS) + (1 << (SCORE_BITS - 1)))
 
 
 def resolve_pages(
@@ -41,9 +41,8 @@ def resolve_pages(
     counts[0] += (frames >= 0).sum()
     recalled = taken = missed
     if missed.numel():
-        recalled, taken, evicted, refused = _give_frames(
-            residency, missed, heats.masked_select(missing), clock, groups
-        )
+        wanted, warmth = _distinct(missed, heats.masked_select(missing))
+        recalled, taken, evicted, refused = _give_frames(residency, wanted, warmth, clock, groups)
         counts[1:] += counts.new_tensor([missed.numel(), recalled.numel(), evicted, refused])
         frames = frame_of.index_select(0, flat)
     _write_lists(lists, frames.view(lane_pages.shape), scratch)
@@ -52,27 +51,40 @@ def resolve_pages(
 
 def _give_frames(
     residency: Residency,
-    missed: torch.Tensor,
-    heats: torch.Tensor,
+    wanted: torch.Tensor,
+    warmth: torch.Tensor,
     clock: torch.Tensor,
     groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Pages recalled, the frames they took, how many pages left, how many found no frame."""
+    """Pages recalled, the frames they took, how many pages left, how many found no frame.
+
+    ``wanted`` are distinct pages, ``warmth`` their heat.
+    """
     frame_of, page_in, heat = residency
-    wanted, which = missed.unique(return_inverse=True)
-    warmth = heat.new_zeros(wanted.shape[0]).scatter_reduce_(0, which, heats, "amax")
-    order = warmth.argsort(descending=True, stable=True)
-    wanted, warmth = wanted[order], warmth[order]
-    victims = _coldest(heat, wanted, frame_of.shape[0] // groups, groups)
-    granted = heat[victims] < (clock << SCORE_BITS)
-    recalled, taken = wanted[granted], victims[granted]
-    leaving = page_in[taken].long()
-    evicted = leaving[leaving >= 0]
-    frame_of[evicted] = -1
-    page_in[taken] = recalled.to(page_in.dtype)
-    frame_of[recalled] = taken.to(frame_of.dtype)
-    heat[taken] = warmth[granted]
-    return recalled, taken, evicted.numel(), wanted.numel() - recalled.numel()
+    now, stride, refused = clock << SCORE_BITS, frame_of.shape[0] // groups, 0
+    taken = _coldest(heat, wanted, stride, groups)
+    granted = heat.index_select(0, taken) < now
+    if not granted.all():
+        order = warmth.argsort(descending=True, stable=True)
+        wanted, warmth = wanted[order], warmth[order]
+        taken = _coldest(heat, wanted, stride, groups)
+        granted = heat.index_select(0, taken) < now
+        wanted, warmth, taken = wanted[granted], warmth[granted], taken[granted]
+        refused = granted.numel() - wanted.numel()
+    leaving = page_in.index_select(0, taken)
+    evicted = leaving.masked_select(leaving >= 0)
+    frame_of.index_fill_(0, evicted.long(), -1)
+    page_in.index_copy_(0, taken, wanted.to(page_in.dtype))
+    frame_of.index_copy_(0, wanted, taken.to(frame_of.dtype))
+    heat.index_copy_(0, taken, warmth)
+    return wanted, taken, evicted.numel(), refused
+
+
+def _distinct(pages: torch.Tensor, heats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each page once, with the highest of its heats."""
+    distinct, which = pages.unique(return_inverse=True)
+    warmth = heats.new_zeros(distinct.shape[0]).scatter_reduce_(0, which, heats, "amax")
+    return distinct, warmth
 
 
 def find_frames(

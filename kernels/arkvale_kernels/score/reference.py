@@ -25,8 +25,8 @@ def score_pages(
     """See :func:`arkvale_kernels.score.api.score_pages`; products and sums are float32."""
     rows, query_heads, head_dim = query.shape
     pages, kv_heads = lane_pages.shape[1], digests.shape[2]
-    competing = rule.competing(page_counts, pages)
-    flat = lane_pages.masked_fill(~competing, 0).reshape(-1)
+    beyond = torch.arange(pages, device=page_counts.device) >= page_counts.unsqueeze(1)
+    flat = lane_pages.masked_fill(beyond, 0).reshape(-1)
     gathered = _rows_of(digests, flat).view(rows, pages, 2, kv_heads, head_dim)
     split = query.float().view(rows, kv_heads, query_heads // kv_heads, head_dim)
     if head_reduce == "mean":
@@ -41,6 +41,7 @@ def score_pages(
             scores = scores.amax(1)
         else:
             # Only competing pages share the softmax: a sink's huge score would flatten all others.
+            competing = rule.competing(page_counts, pages)
             logits = torch.where(competing.unsqueeze(1), scores * scaling, -torch.inf)
             scores = torch.softmax(logits, dim=-1).mean(1)
     resident = frame_of.index_select(0, flat).view(rows, pages) >= 0

@@ -11,7 +11,8 @@ import torch
 
 from arkvale_kernels.layout import SelectionRule
 
-_FORCED, _MUST, _RESIDENT, _ABSENT = (tier << 32 for tier in (3, 2, 1, 0))
+_ABSENT, _RESIDENT, _MUST, _FORCED = (tier << 32 for tier in range(1, 5))
+_NONE = -(1 << 31)
 
 
 def select_pages(
@@ -26,33 +27,31 @@ def select_pages(
     index = torch.arange(pages, device=scores.device)
     competing = rule.competing(page_counts, pages)
     bits = scores.view(torch.int32)
-    resident = (bits & 1).bool()
-    by_score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + 0x80000000
-    best = by_score.masked_fill(~competing, -1).topk(min(rule.must, pages), dim=1)
-    must = best.values >= 0
+    resident = bits & 1
+    by_score = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    best = torch.where(competing, by_score, _NONE).topk(min(rule.must, pages), dim=1)
+    rank = by_score.long() + torch.where(resident > 0, _RESIDENT, _ABSENT)
+    leading = best.values.long() + _MUST
     if rule.recall_cap is not None:
-        missing = must & ~resident.gather(1, best.indices)
-        must = must & ~(missing & (missing.cumsum(1) > rule.recall_cap))
-
-    rank = by_score + torch.where(resident, _RESIDENT, _ABSENT)
-    if rule.recall_cap is not None:
-        rank = rank.masked_fill(~resident, -1)
-    leading = torch.where(must, best.values + _MUST, rank.gather(1, best.indices))
-    rank = rank.scatter(1, best.indices, leading)
-    rank = torch.where(competing, rank, _FORCED).masked_fill(index >= counts - 1, -1)
+        missing = 1 - resident.gather(1, best.indices)
+        beyond = missing.cumsum(1) * missing > rule.recall_cap
+        rank = rank.masked_fill(resident == 0, 0)
+        leading = leading.masked_fill(beyond, 0)
+    rank = rank.scatter_(1, best.indices, leading)
+    rank = torch.where(competing, rank, _FORCED).masked_fill_(index >= counts - 1, 0)
     listed = min(rule.budget - 1, pages)
     top = rank.topk(listed, dim=1)
 
     chosen = lane_pages.new_zeros(rows, rule.budget, dtype=torch.int32)
     importance = scores.new_full((rows, rule.budget), -torch.inf)
-    taken = top.values >= 0
+    taken = top.values > 0
     chosen[:, :listed] = torch.where(taken, lane_pages.gather(1, top.indices), 0)
     by_choice = torch.where(top.values >= _FORCED, torch.inf, scores.gather(1, top.indices))
     importance[:, :listed] = torch.where(taken, by_choice, -torch.inf)
-    last = (counts - 1).clamp(min=0)
+    last = (counts - 1).clamp_(min=0).long()
     is_open = counts > 0
-    place = last.clamp(max=rule.budget - 1).long()
-    written = torch.where(is_open, lane_pages.gather(1, last.long()), chosen.gather(1, place))
+    place = last.clamp(max=rule.budget - 1)
+    written = torch.where(is_open, lane_pages.gather(1, last), chosen.gather(1, place))
     chosen.scatter_(1, place, written.to(torch.int32))
     importance.scatter_(1, place, torch.where(is_open, torch.inf, -torch.inf))
     return chosen, importance

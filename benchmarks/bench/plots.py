@@ -1,0 +1,122 @@
+"""The plots of ``docs/performance.md``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from bench.sides import Row
+
+LOADS = ("long_prompts", "shared_prefix", "returning_chats")
+
+
+def draw(rows: list[Row], docs: Path) -> None:
+    """Write a plot per experiment that was held under ``docs/images``."""
+    folder = docs / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, plot, cases in (
+        ("decode", _decode, ("decode",)),
+        ("batches", _batches, ("decode",)),
+        ("follow_up", _follow_up, ("follow_up",)),
+        ("throughput", _throughput, LOADS),
+        ("steps", _steps, ("step",)),
+    ):
+        own = [row for row in rows if row["case"] in cases]
+        if own:
+            figure = plot(own)
+            figure.tight_layout()
+            figure.savefig(
+                folder / f"performance_{name}.png",
+                dpi=110,
+                metadata={"Software": None, "Source": fingerprint(rows)},
+            )
+            plt.close(figure)
+
+
+def fingerprint(rows: list[Row]) -> str:
+    """Of the data that the plots show; written into them."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _lines(rows: list[Row], label: str) -> Figure:
+    """Milliseconds over context: stock, and ours at each budget."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    budgets = sorted({row["budget"] for row in rows})
+    first = [row for row in rows if row["budget"] == budgets[0]]
+    axes.plot(
+        [row["context"] for row in first], [row["stock"] for row in first],
+        marker="o", color="black", label="stock",
+    )  # fmt: skip
+    for budget in budgets:
+        own = [row for row in rows if row["budget"] == budget]
+        axes.plot(
+            [row["context"] for row in own], [row["arkvale"] for row in own],
+            marker=".", label=f"arkvale, budget {budget:,}",
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel(label)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _decode(rows: list[Row]) -> Figure:
+    return _lines([row for row in rows if row["batch"] == 1], "ms per token, batch 1")
+
+
+def _follow_up(rows: list[Row]) -> Figure:
+    return _lines(rows, "ms to the first token of a follow-up")
+
+
+def _batches(rows: list[Row]) -> Figure:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for batch in sorted({row["batch"] for row in rows}):
+        own = [row for row in rows if row["batch"] == batch and row["budget"] == 1024]
+        axes.plot(
+            [row["context"] for row in own], [row["ratio"] for row in own],
+            marker="o", label=f"batch {batch}",
+        )  # fmt: skip
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("times stock's speed, budget 1,024")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _throughput(rows: list[Row]) -> Figure:
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    for offset, side in enumerate(("stock", "arkvale")):
+        axes.bar(
+            [place + 0.4 * offset for place in range(len(rows))],
+            [row["tokens_per_second"][side] for row in rows],
+            0.4,
+            label=side,
+            color=("black", "C0")[offset],
+        )
+    axes.set_xticks([place + 0.2 for place in range(len(rows))], [row["case"] for row in rows])
+    axes.set_ylabel("tokens per second")
+    axes.legend()
+    return figure
+
+
+def _steps(rows: list[Row]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 1.8))
+    left = 0.0
+    for row in rows:
+        axes.barh(0, row["arkvale"], left=left, label=row["part"])
+        left += row["arkvale"]
+    axes.set_yticks([])
+    axes.set_xlabel(f"ms of a decode step at {rows[0]['context']:,} tokens")
+    axes.legend(fontsize=7, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure

@@ -1,0 +1,191 @@
+"""Tables of ``docs/performance.md``, from the ``bench.json`` that the command wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench import plots
+from bench.sides import Row
+from pages import fill, machine_line, table
+
+PAGE = "performance.md"
+ABSENT = "Not measured in this run."
+
+TARGETS: tuple[tuple[str, str, Callable[[list[Row]], float | None], float, bool], ...] = (
+    ("decode at 32K, budget 1K, batch 1", "times stock's speed",
+     lambda rows: _ratio(rows, "decode", 32_768, 1024), 6, True),
+    ("cost of a token at budget 1K, 64K over 4K", "times",
+     lambda rows: _growth(rows, 4096, 65_536, 1024), 1.3, False),
+    ("follow-up turn on 16K cached", "times stock's speed",
+     lambda rows: _ratio(rows, "follow_up", 16_384), 20, True),
+    ("follow-up turn on 32K cached", "times stock's speed",
+     lambda rows: _ratio(rows, "follow_up", 32_768), 40, True),
+    ("throughput, long prompts", "times stock's",
+     lambda rows: _ratio(rows, "long_prompts"), 4.6, True),
+    ("throughput, shared prefix", "times stock's",
+     lambda rows: _ratio(rows, "shared_prefix"), 6, True),
+    ("decode under the budget", "of stock's time",
+     lambda rows: _cost(rows, "under_budget_decode"), 1.02, False),
+    ("prefill under the budget", "of stock's time",
+     lambda rows: _cost(rows, "under_budget_prefill"), 1.03, False),
+    ("prefill at 8 times the frames", "of its time where it fits",
+     lambda rows: _cost(rows, "prefill", 32_768), 1.25, False),
+)  # fmt: skip
+"""What is measured, its unit, where it stands, the target, and whether more is better."""
+
+
+def of(rows: Iterable[Row], case: str, **where: Any) -> list[Row]:
+    """Rows of a case in which every named column has the value."""
+    return [
+        row
+        for row in rows
+        if row["case"] == case and all(row.get(name) == value for name, value in where.items())
+    ]
+
+
+def _ratio(
+    rows: list[Row], case: str, context: int | None = None, budget: int | None = None
+) -> float | None:
+    where = {"context": context, "budget": budget}
+    own = of(rows, case, **{name: value for name, value in where.items() if value is not None})
+    return next((row["ratio"] for row in own if row["batch"] == 1 or context is None), None)
+
+
+def _cost(rows: list[Row], case: str, context: int | None = None) -> float | None:
+    ratio = _ratio(rows, case, context)
+    return None if ratio is None else 1 / ratio
+
+
+def _growth(rows: list[Row], short: int, long: int, budget: int) -> float | None:
+    both = [of(rows, "decode", context=n, batch=1, budget=budget) for n in (short, long)]
+    return both[1][0]["arkvale"] / both[0][0]["arkvale"] if all(both) else None
+
+
+def targets_table(rows: list[Row]) -> str:
+    """What the project set itself, and what this run found."""
+    lines = []
+    for name, unit, find, target, more in TARGETS:
+        found = find(rows)
+        met = "-"
+        if found is not None:
+            met = "yes" if (found >= target if more else found <= target) else "**no**"
+        bound = f"{'at least' if more else 'at most'} {target} {unit}"
+        lines.append([name, "-" if found is None else f"{found:.2f} {unit}", bound, met])
+    return table(["", "found", "target", "met"], lines)
+
+
+def _cells(row: Row) -> list[str]:
+    low, high = row["spread"]
+    return [
+        f"{row['stock']:,.2f}",
+        f"{row['arkvale']:,.2f}",
+        f"{row['ratio']:.2f}x",
+        f"{low:.2f} to {high:.2f}",
+    ]
+
+
+def decode_table(rows: list[Row]) -> str:
+    """Time per token of every context and batch: stock, and ours at each budget."""
+    own = of(rows, "decode")
+    budgets = sorted({row["budget"] for row in own})
+    lines = []
+    for context, batch in dict.fromkeys((row["context"], row["batch"]) for row in own):
+        by_budget = {row["budget"]: row for row in of(own, "decode", context=context, batch=batch)}
+        cells = (f"{by_budget[b]['arkvale']:.2f} ({by_budget[b]['ratio']:.2f}x)" for b in budgets)
+        lines.append([f"{context:,}", batch, f"{by_budget[budgets[0]]['stock']:.2f}", *cells])
+    return table(["context", "batch", "stock, ms", *(f"budget {b:,}, ms" for b in budgets)], lines)
+
+
+def cases_table(rows: list[Row], *cases: str) -> str:
+    """One line per row of these cases."""
+    own = [row for case in cases for row in of(rows, case)]
+    return table(
+        ["case", "context", "batch", "stock", "arkvale", "ratio", "spread"],
+        (
+            [f"{row['case']}, {row['unit']}", f"{row['context']:,}", row["batch"], *_cells(row)]
+            for row in own
+        ),
+    )
+
+
+def throughput_table(rows: list[Row]) -> str:
+    """Loads at equal device memory."""
+    lines = []
+    for row in rows:
+        if "load" not in row:
+            continue
+        pairs = [row[name] for name in ("tokens_per_second", "first_token_ms", "token_ms")]
+        shown = (f"{pair['stock']:,.0f} / {pair['arkvale']:,.0f}" for pair in pairs)
+        lines.append([row["case"], row["batch"], f"{row['context']:,}", *_cells(row)[:3], *shown])
+    head = ["load", "chats", "prompt", "stock, s", "arkvale, s", "ratio"]
+    return table([*head, "tokens per second", "first token, ms", "next token, ms"], lines)
+
+
+def prefill_table(rows: list[Row]) -> str:
+    """Prompts of several times the frames, beside frames for all of the prompt."""
+    lines = []
+    for row in of(rows, "prefill"):
+        peaks = [f"{row['peak_bytes'][side] / 2**30:.2f}" for side in ("stock", "arkvale")]
+        lines.append(
+            [
+                f"{row['context'] // row['device_tokens']}x",
+                f"{row['context']:,}",
+                f"{row['stock']:,.0f}",
+                f"{row['arkvale']:,.0f}",
+                f"{1 / row['ratio']:.2f}",
+                *peaks,
+            ]
+        )
+    head = ["prompt / frames", "tokens", "all fits, ms", "few frames, ms", "cost"]
+    return table([*head, "all fits, peak GiB", "few frames, peak GiB"], lines)
+
+
+def steps_table(rows: list[Row]) -> str:
+    """Parts of a decode step."""
+    own = of(rows, "step")
+    whole = sum(row["arkvale"] for row in own)
+    return table(
+        ["part", "ms", "share"],
+        (
+            [row["part"], f"{row['arkvale']:.2f}", f"{100 * row['arkvale'] / whole:.0f} %"]
+            for row in own
+        ),
+    )
+
+
+def write(results: Path, docs: Path) -> Path:
+    """Make the plots and fill the page; returns its path."""
+    about = json.loads((results / "bench.json").read_text())
+    rows: list[Row] = about["rows"]
+    plots.draw(rows, docs)
+
+    def held(make: Callable[[], str], *cases: str) -> Callable[[], str]:
+        return lambda: make() if any(of(rows, case) for case in cases) else ABSENT
+
+    loads = ("long_prompts", "shared_prefix", "returning_chats")
+    page = docs / PAGE
+    page.write_text(
+        fill(
+            page.read_text(),
+            {
+                "conditions": lambda: machine_line(about, "bfloat16"),
+                "targets": lambda: targets_table(rows),
+                "decode": held(lambda: decode_table(rows), "decode"),
+                "others": held(
+                    lambda: cases_table(rows, "decode_gqa", "decode_dense_2"), "decode_gqa"
+                ),
+                "follow up": held(lambda: cases_table(rows, "follow_up"), "follow_up"),
+                "throughput": held(lambda: throughput_table(rows), *loads),
+                "under budget": held(
+                    lambda: cases_table(rows, "under_budget_decode", "under_budget_prefill"),
+                    "under_budget_decode",
+                ),
+                "prefill": held(lambda: prefill_table(rows), "prefill"),
+                "steps": held(lambda: steps_table(rows), "step"),
+            },
+        )
+    )
+    return page

@@ -1,0 +1,90 @@
+"""The benchmark's arithmetic, and that its page holds only what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import pages
+from bench import plots, report, sides, steps, throughput
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks/results/bench.json"
+
+
+def row(case: str, stock: list[float], arkvale: list[float], **where):
+    where = {"context": 32_768, "budget": 1024, **where}
+    return sides.row(case, {"stock": stock, "arkvale": arkvale}, lambda _: None, "ms", **where)
+
+
+def test_a_row_holds_the_median_ratio_of_rounds_and_its_spread():
+    """Rounds are compared with themselves: the machine may be slower in another."""
+    found = row("decode", [10.0, 40.0, 12.0], [5.0, 10.0, 8.0])
+    assert (found["stock"], found["arkvale"], found["ratio"]) == (12.0, 8.0, 2.0)
+    assert found["spread"] == [1.5, 4.0]
+    with pytest.raises(ValueError):
+        row("decode", [1.0, 2.0], [1.0])
+
+
+def test_targets_are_judged_by_what_was_found():
+    rows = [
+        row("decode", [50.0], [10.0]),
+        row("decode", [50.0], [8.0], context=4096),
+        row("decode", [50.0], [10.5], context=65_536),
+        row("under_budget_decode", [4.0], [4.04], context=512),
+        row("long_prompts", [100.0], [20.0], context=4000, batch=32),
+    ]
+    lines = report.targets_table(rows).splitlines()
+    found = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    assert "5.00 times stock's speed" in found["decode at 32K, budget 1K, batch 1"]
+    assert found["decode at 32K, budget 1K, batch 1"].endswith("| **no** |")
+    assert found["cost of a token at budget 1K, 64K over 4K"].endswith("| **no** |")
+    assert found["decode under the budget"].endswith("| yes |")
+    assert found["throughput, long prompts"].endswith("| yes |")
+    assert found["throughput, shared prefix"].endswith("| - |")
+
+
+def test_shares_of_a_step_come_from_its_named_parts():
+    """Two layers; a step takes 100 of which 2 x 20 attend and 2 x 5 score; the first two, and what
+    comes after the last, do not count."""
+    events = [{"ph": "M", "name": "process"}]
+    for number in range(6):
+        length = 50 if number < 2 else 20
+        for layer in (0, 40):
+            begin = 100 * number + layer
+            events.append({"ph": "X", "name": "arkvale.score", "ts": begin + 1, "dur": 5})
+            events.append({"ph": "X", "name": "arkvale.attend", "ts": begin, "dur": length})
+    shares = steps.shares_of(events, layers=2)
+    assert shares["attend"] == pytest.approx(0.4) and shares["score"] == pytest.approx(0.1)
+    assert shares["recall"] == 0 and shares["rest"] == pytest.approx(0.5)
+    assert list(shares) == [*steps.PARTS, "rest"]
+
+
+@pytest.mark.parametrize("load", throughput.LOADS, ids=lambda load: load.case)
+def test_stock_cannot_hold_a_load_at_once(load):
+    """Else nothing queues and nothing is recomputed; one chat must fit, or nothing runs."""
+    own = load.turns * (load.message + load.new)
+    assert load.shared + own <= throughput.DEVICE_TOKENS
+    documents = 1 if load.turns == 1 else load.chats
+    assert documents * load.shared + load.chats * own > throughput.DEVICE_TOKENS
+
+
+def test_the_page_is_made_from_the_committed_rows(tmp_path):
+    (tmp_path / report.PAGE).write_text((ROOT / "docs" / report.PAGE).read_text())
+    report.write(RESULT.parent, tmp_path)
+    assert (tmp_path / report.PAGE).read_text() == (ROOT / "docs" / report.PAGE).read_text()
+    rows = json.loads(RESULT.read_text())["rows"]
+    images = sorted((ROOT / "docs/images").glob("performance_*.png"))
+    assert [path.name for path in images] == [
+        path.name for path in sorted((tmp_path / "images").glob("*.png"))
+    ]
+    for path in images:
+        assert Image.open(path).text["Source"] == plots.fingerprint(rows), path.name
+
+
+def test_a_page_without_a_place_is_refused():
+    with pytest.raises(ValueError, match="no place for 'targets'"):
+        pages.fill("# Performance", {"targets": str})
