@@ -120,7 +120,9 @@ def attend_chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.attend.api.attend_chunk`."""
     repeats = query.shape[1] // k.shape[1]
-    k, v = (kv.transpose(0, 1).repeat_interleave(repeats, 0).unsqueeze(0) for kv in (k, v))
+    k, v = (kv.transpose(0, 1).unsqueeze(0) for kv in (k, v))
+    if repeats > 1:
+        k, v = (kv.repeat_interleave(repeats, 1) for kv in (k, v))
     out, lse = _attend(query.transpose(0, 1).unsqueeze(0), k, v, scaling, causal=True)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 

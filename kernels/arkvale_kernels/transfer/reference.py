@@ -63,8 +63,19 @@ def _recall(layer: PagedLayer, recalls: Recalls) -> None:
         return
     host, device = layer.host, layer.k_frames.device
     backups = host.index_select(0, pages.to(host.device)).to(device)
-    layer.k_frames.index_copy_(0, frames.long(), backups[:, 0])
-    layer.v_frames.index_copy_(0, frames.long(), backups[:, 1])
+    _put(layer.k_frames, frames.long(), backups[:, 0])
+    _put(layer.v_frames, frames.long(), backups[:, 1])
+
+
+def _words(pages: torch.Tensor) -> torch.Tensor:
+    """``[pages, ...]`` as rows of 8-byte words, which torch copies several times faster than rows
+    of 2-byte elements."""
+    flat = pages.flatten(1)
+    return flat if flat.shape[1] * flat.itemsize % 8 else flat.view(torch.int64)
+
+
+def _put(target: torch.Tensor, index: torch.Tensor, pages: torch.Tensor) -> None:
+    _words(target).index_copy_(0, index, _words(pages))
 
 
 def seal_pages(
@@ -90,8 +101,8 @@ def seal_pages(
     _seal(layer, lane_pages, whole_k, whole_v, digest)
     frames = layer.residency.frame_of.index_select(0, lane_pages).long()
     frames = frames.masked_fill_(frames < 0, layer.k_frames.shape[0] - 1)
-    layer.k_frames.index_copy_(0, frames, whole_k)
-    layer.v_frames.index_copy_(0, frames, whole_v)
+    _put(layer.k_frames, frames, whole_k)
+    _put(layer.v_frames, frames, whole_v)
 
 
 def seal_frames(
@@ -114,8 +125,8 @@ def _seal(
     else:
         layer.digests.index_copy_(0, pages, digests)
     target = pages.to(layer.host.device)
-    layer.host[:, 0].index_copy_(0, target, k.to(layer.host.device))
-    layer.host[:, 1].index_copy_(0, target, v.to(layer.host.device))
+    _put(layer.host[:, 0], target, k.to(layer.host.device))
+    _put(layer.host[:, 1], target, v.to(layer.host.device))
 
 
 def gather_pages(
@@ -131,9 +142,11 @@ def gather_pages(
     evicted = absent.nonzero().squeeze(1)
     source = lane_pages.index_select(0, evicted).to(layer.host.device)
     for half, (kept, staged) in enumerate(zip((layer.k_frames, layer.v_frames), out, strict=True)):
-        pages = kept.index_select(0, rows)
+        pages = staged.view(-1, *kept.shape[1:]) if groups == 1 else None
+        pages = torch.index_select(kept, 0, rows, out=pages)
         if evicted.numel():
-            backups = layer.host[:, half].index_select(0, source)
-            pages.index_copy_(0, evicted, backups.to(pages.device))
-        lanes = pages.unflatten(0, (-1, groups)).transpose(1, 2)
-        staged.view(lanes.shape).copy_(lanes)
+            backups = _words(layer.host[:, half]).index_select(0, source)
+            _words(pages).index_copy_(0, evicted, backups.to(pages.device))
+        if groups > 1:
+            lanes = pages.unflatten(0, (-1, groups)).transpose(1, 2)
+            staged.view(lanes.shape).copy_(lanes)
