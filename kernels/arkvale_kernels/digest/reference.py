@@ -30,7 +30,7 @@ def _bounds(values: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor
         center = values.mean(1)
         radius = STD_SCALE * values.std(1, correction=0)
         return center + radius, center - radius
-    low, high = values.aminmax(dim=1)
+    low, high = values.amin(1), values.amax(1)  # aminmax(dim=1) takes ten times as long
     if kind == "cuboid-max":
         return high, low
     center = (low + high) * 0.5
