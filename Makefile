@@ -15,7 +15,7 @@ help:
 	@echo "make quality      what a budget costs in answers, against full attention and rules that drop"
 	@echo "make needle-model train the model that demo and quality use, about 20 minutes"
 	@echo "make bench        stock SGLang and arkvale in turn, all of docs/performance.md, under half an hour"
-	@echo "make bench-smoke  stock SGLang and arkvale in turn: three cases, about 4 minutes"
+	@echo "make bench-smoke  a part of it, about 5 minutes, written under build/bench"
 
 setup:
 	@$(PYTHON) setup_env.py
@@ -48,8 +48,8 @@ needle-model: setup
 bench: setup
 	@PYTHONPATH=examples:benchmarks $(RUN) -m bench $(ARGS)
 
-bench-smoke: setup
-	@$(RUN) benchmarks/smoke.py
+bench-smoke: ARGS = --quick
+bench-smoke: bench
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info

@@ -48,20 +48,23 @@ class Scale:
     loads: tuple[throughput.Load, ...]
     prefill_factors: tuple[int, ...]
     rounds: int
+    sections: tuple[str, ...]
 
 
+SECTIONS = ("under_budget", "decode", "others", "follow_up", "prefill", "throughput", "steps")
 DEFAULT = Scale(
     contexts={
         512: (1, 4, 8), 2 * K: (1, 4, 8), 4 * K: (1,), 8 * K: (1, 4, 8), 16 * K: (1, 4),
         32 * K: (1,), 64 * K: (1,),
     },
     budgets=(512, 1024, 2048, 4096), others=32 * K, follow_ups=(K, 4 * K, 16 * K, 32 * K),
-    loads=throughput.LOADS, prefill_factors=(1, 2, 4, 8), rounds=3,
+    loads=throughput.LOADS, prefill_factors=(1, 2, 4, 8), rounds=3, sections=SECTIONS,
 )  # fmt: skip
 QUICK = Scale(
     contexts={512: (1,), 8 * K: (1, 4)}, budgets=(1024,), others=8 * K, follow_ups=(8 * K,),
     loads=(dataclasses.replace(throughput.LOADS[1], chats=8, new=32),),
     prefill_factors=(1, 4), rounds=1,
+    sections=("under_budget", "decode", "follow_up", "throughput", "steps"),
 )  # fmt: skip
 FULL = dataclasses.replace(
     DEFAULT,
@@ -99,9 +102,6 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
                 yield from steps.breakdown(mha, scale.others, LAYERS, log)
 
 
-SECTIONS = ("under_budget", "decode", "others", "follow_up", "prefill", "throughput", "steps")
-
-
 def options() -> argparse.Namespace:
     """What was asked for; a part of the whole does not go where the whole is kept."""
     parser = argparse.ArgumentParser(
@@ -110,7 +110,7 @@ def options() -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="scale", action="store_const", const=QUICK)
     size.add_argument("--full", dest="scale", action="store_const", const=FULL)
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="default: all")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="repeatable")
     parser.add_argument("--out", type=Path, help="folder of bench.json")
     parser.add_argument("--docs", type=Path, help="folder of performance.md and its images")
     parser.set_defaults(scale=DEFAULT)
@@ -128,7 +128,7 @@ def main() -> int:
     def log(line: str) -> None:
         print(f"  {(time.monotonic() - begin) / 60:5.1f} min  {line}", flush=True)
 
-    sections: tuple[str, ...] = tuple(chosen.only or SECTIONS)
+    sections: tuple[str, ...] = tuple(chosen.only or chosen.scale.sections)
     chosen.out.mkdir(parents=True, exist_ok=True)
     chosen.docs.mkdir(parents=True, exist_ok=True)
     if not (chosen.docs / report.PAGE).exists():

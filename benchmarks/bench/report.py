@@ -156,6 +156,30 @@ def steps_table(rows: list[Row]) -> str:
     )
 
 
+EVIDENCE = (
+    ("decode at 32K context, 1K budget, ms per token",
+     {"case": "decode", "context": 32_768, "batch": 1, "budget": 1024}),
+    ("the same with 2 KV heads for 8 query heads", {"case": "decode_gqa"}),
+    ("16 new tokens on a cached 32K prefix, ms to the first token",
+     {"case": "follow_up", "context": 32_768}),
+    ("16 prompts of 4K at once, equal device memory, seconds", {"case": "long_prompts"}),
+    ("25 questions on one document of 6K, likewise", {"case": "shared_prefix"}),
+    ("16 chats of 4K that return twice, likewise", {"case": "returning_chats"}),
+    ("decode at 512 tokens, nothing evicted, ms per token", {"case": "under_budget_decode"}),
+    ("prefill of 2K tokens, nothing evicted, ms", {"case": "under_budget_prefill"}),
+)  # fmt: skip
+
+
+def evidence(rows: list[Row]) -> str:
+    """The rows of README."""
+    lines = []
+    for name, where in EVIDENCE:
+        row = of(rows, **where)[0]
+        stock, ours, ratio, spread = _cells(row)
+        lines.append(f"| {name} | {stock} | {ours} | {ratio} ({spread}) |")
+    return "\n".join(lines)
+
+
 def write(results: Path, docs: Path) -> Path:
     """Make the plots and fill the page; returns its path."""
     about = json.loads((results / "bench.json").read_text())

@@ -12,7 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arkvale_kernels.layout import PINNED, SCORE_BITS, FrameLists, Residency
-from arkvale_kernels.residency import COUNTED, find_frames, kernel, reference, resolve_pages
+from arkvale_kernels.residency import (
+    COUNTED,
+    find_frames,
+    find_places,
+    kernel,
+    reference,
+    resolve_pages,
+)
 from support.tables import CLOCK, Held, assert_paired, build, copy, random_lane, same
 
 SCORES = [-torch.inf, -8.5, -1.0, -1e-30, 0.0, 1e-30, 0.5, 7.0, 3e38, torch.inf]
@@ -338,6 +345,37 @@ def test_frames_beyond_the_end_of_a_row_are_none(op, guards):
     pages = torch.tensor([[1, 2, 2**30], [2, 2**30, 2**30]], dtype=torch.int32)
     found = op.find_frames(frame_of, pages, torch.tensor([2, 0]), 999, None)
     assert found.tolist() == [[4, 5, -1], [-1, -1, -1]]
+
+
+def test_places_are_where_each_layer_holds_a_token():
+    """Two layers of three frames and the scratch row, pages of 16: tokens of pages without a frame
+    go to the scratch row."""
+    frame_of = torch.tensor([[-1, 2, 0, -1], [-1, -1, 1, 0]], dtype=torch.int32)
+    pages, offsets = torch.tensor([1, 2, 3, 0], dtype=torch.int32), torch.tensor([0, 15, 7, 3])
+    found = find_places(frame_of, pages, offsets, 4, 16)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [[32, 15, 55, 51], [48, 31, 7, 51]]
+    assert frame_of.tolist() == [[-1, 2, 0, -1], [-1, -1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("frame_of", torch.zeros(4).int(), r"^frame_of must have shape \(any, any\)"),
+        ("frame_of", torch.zeros(2, 4).long(), "^frame_of must be torch.int32"),
+        ("lane_pages", torch.zeros(1, 2).int(), r"^lane_pages must have shape \(any\)"),
+        ("offsets", torch.zeros(3).int(), r"^offsets must have shape \(2\)"),
+        ("offsets", torch.zeros(2), "^offsets must be int32 or int64"),
+        ("offsets", torch.zeros(2).int().to("meta"), "^offsets must be on cpu"),
+    ],
+)
+def test_bad_places_are_refused_by_name(name, wrong, message):
+    good = {
+        "frame_of": torch.zeros(2, 4).int(), "lane_pages": torch.zeros(2).int(),
+        "offsets": torch.zeros(2).int(), "lane_frames": 4, "page_size": 16,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        find_places(**{**good, name: wrong})
 
 
 @pytest.mark.parametrize("name", ["resolve_pages", "find_frames"])

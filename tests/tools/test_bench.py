@@ -85,6 +85,11 @@ def test_the_page_is_made_from_the_committed_rows(tmp_path):
         assert Image.open(path).text["Source"] == plots.fingerprint(rows), path.name
 
 
+def test_readme_shows_what_was_measured():
+    rows = json.loads(RESULT.read_text())["rows"]
+    assert report.evidence(rows) in (ROOT / "README.md").read_text()
+
+
 def test_a_page_without_a_place_is_refused():
     with pytest.raises(ValueError, match="no place for 'targets'"):
         pages.fill("# Performance", {"targets": str})
