@@ -52,9 +52,9 @@ def test_strides_dtype_device_and_nested_tensors_make_a_layout(counted, tensor, 
 def test_what_failed_fails_again(counted):
     check, _ = counted
     for _ in range(2):
-        with pytest.raises(ValueError, match="^tensor must have shape"):
+        with pytest.raises(ValueError, match=r"^tensor must have shape"):
             check(torch.zeros(2, 5), (), "a")
-        with pytest.raises(ValueError, match="^kind 'b' is unknown"):
+        with pytest.raises(ValueError, match=r"^kind 'b' is unknown"):
             check(torch.zeros(2, 4), (), "b")
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+_BLOCK_BYTES = 8 << 20
+"""Of keys copied at once."""
 _fused_cpu = torch._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -51,13 +53,7 @@ def attend_frames(
     if common_length:
         lane_frames = lane_frames[:, : -(-common_length // page_size)]
         if lane_frames.amin() >= 0:
-            listed = lane_frames.reshape(-1)
-            k, v = (
-                frames.flatten(1).index_select(0, listed).view(shape)[:, :common_length]
-                for frames in (k_frames, v_frames)
-            )
-            out, lse = _attend(folded, k.transpose(1, 2), v.transpose(1, 2), scaling)
-            return out.reshape(query.shape), lse.reshape(rows, query_heads)
+            return _attend_whole(query, k_frames, v_frames, lane_frames, scaling, common_length)
 
     inside = _inside(lane_frames, lengths, page_size)
     k, v = (
@@ -70,6 +66,41 @@ def attend_frames(
     empty = ~inside.flatten(1).any(1)
     out = out.reshape(query.shape).masked_fill(empty.view(rows, 1, 1), 0.0)
     return out, lse.reshape(rows, query_heads).masked_fill(empty.view(rows, 1), -torch.inf)
+
+
+def _attend_whole(
+    query: torch.Tensor,
+    k_frames: torch.Tensor,
+    v_frames: torch.Tensor,
+    lane_frames: torch.Tensor,
+    scaling: float,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one length without a gap: no mask is needed.
+
+    Long lists are read in blocks: the allocator gives a large copy fresh memory each time, and
+    touching that takes longer than attention.
+    """
+    rows, query_heads, head_dim = query.shape
+    page_size, kv_heads = k_frames.shape[1:3]
+    folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
+    page_bytes = rows * k_frames[0].numel() * k_frames.itemsize
+    block = max(1, _BLOCK_BYTES // page_bytes)
+    whole = None
+    for first in range(0, lane_frames.shape[1], block):
+        listed = lane_frames[:, first : first + block].reshape(-1)
+        k, v = (
+            frames.flatten(1)
+            .index_select(0, listed)
+            .view(rows, -1, kv_heads, head_dim)[:, : length - first * page_size]
+            .transpose(1, 2)
+            for frames in (k_frames, v_frames)
+        )
+        out, lse = _attend(folded, k, v, scaling)
+        part = out.reshape(query.shape), lse.reshape(rows, query_heads)
+        whole = part if whole is None else merge_parts(whole, part)
+    assert whole is not None
+    return whole[0].to(query.dtype), whole[1]
 
 
 def _inside(lane_frames: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
