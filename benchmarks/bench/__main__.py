@@ -138,6 +138,7 @@ def main() -> int:
     def save(name: str) -> None:
         minutes = round((time.monotonic() - begin) / 60, 1)
         found: dict[str, Any] = {**about, "minutes": minutes, "models": MODELS, "rows": rows}
+        found["rounds"] = chosen.scale.rounds
         (chosen.out / name).write_text(json.dumps(found, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:

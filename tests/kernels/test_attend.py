@@ -140,9 +140,13 @@ def test_rows_attend_to_their_chosen_tokens_and_to_no_other(heads, size, dtype):
 @by_heads
 @by_dtype
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 96], ids="len{}".format)
-def test_rows_of_one_length_attend_without_a_mask(heads, length, dtype):
-    """``common_length`` cuts the list instead of masking it: same result, tail not read."""
+@pytest.mark.parametrize("block", [1, 2, 9], ids="block{}".format)
+def test_rows_of_one_length_attend_without_a_mask(heads, length, block, dtype, monkeypatch):
+    """``common_length`` cuts the list instead of masking it: same result, tail not read.  Lists
+    longer than so many pages are read in blocks and merged."""
     query_heads, kv_heads, dim = heads
+    page_bytes = 2 * 32 * kv_heads * dim * dtype.itemsize
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", block * page_bytes)
     lane_frames, lengths = [[3, 5, 0], [1, 4, 2]], [length] * 2
     pages = -(-length // 32)
     lane_frames = [listed[:pages] for listed in lane_frames]
@@ -153,24 +157,6 @@ def test_rows_of_one_length_attend_without_a_mask(heads, length, dtype):
     query = normal(2, query_heads, dim, dtype=dtype)
     assert_rows(query, k_frames, v_frames, lane_frames, lengths, common_length=length)
     assert_rows(query, k_frames, v_frames, lane_frames, lengths)
-
-
-@by_heads
-@by_dtype
-@pytest.mark.parametrize("length", [32, 33, 64, 96, 160], ids="len{}".format)
-def test_long_lists_of_one_length_are_read_in_blocks(heads, length, dtype, monkeypatch):
-    """Two pages a block, the last block full, short, or a page alone; merging weighs the blocks."""
-    query_heads, kv_heads, dim = heads
-    page = normal(1, 32, kv_heads, dim, dtype=dtype)
-    monkeypatch.setattr(reference, "_BLOCK_BYTES", 2 * 2 * page.nbytes)
-    lane_frames, lengths = [[3, 5, 0, 7, 2], [1, 4, 2, 6, 8]], [length] * 2
-    lane_frames = [listed[: -(-length // 32)] for listed in lane_frames]
-    k_frames, v_frames = (
-        blank_except(normal(9, 32, kv_heads, dim, dtype=dtype, seed=seed), lane_frames, lengths)
-        for seed in (1, 2)
-    )
-    query = normal(2, query_heads, dim, dtype=dtype)
-    assert_rows(query, k_frames, v_frames, lane_frames, lengths, common_length=length)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8], ids="gqa{}".format)
