@@ -76,7 +76,6 @@ FULL = dataclasses.replace(
 def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> Iterator[Row]:
     """Rows of the result, as they come."""
     mha = make_model(folder / "mha", layers=LAYERS, kv_heads=8)
-    gqa = make_model(folder / "gqa", layers=LAYERS, kv_heads=2)
     one = {scale.others: (1,)}
     for number, name in enumerate(chosen, 1):
         log(f"section {number} of {len(chosen)}: {name}")
@@ -88,6 +87,7 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
                     "decode", mha, scale.contexts, scale.budgets, scale.rounds, log
                 )
             case "others":
+                gqa = make_model(folder / "gqa", layers=LAYERS, kv_heads=2)
                 yield from latency.decoding("decode_gqa", gqa, one, (1024,), scale.rounds, log)
                 yield from latency.decoding(
                     "decode_dense_2", mha, one, (1024,), scale.rounds, log, dense_layers=2

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+import figures
 from bench.sides import Row
 
 LOADS = ("long_prompts", "shared_prefix", "returning_chats")
@@ -19,8 +15,6 @@ LOADS = ("long_prompts", "shared_prefix", "returning_chats")
 
 def draw(rows: list[Row], docs: Path) -> None:
     """Write a plot per experiment that was held under ``docs/images``."""
-    folder = docs / "images"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, plot, cases in (
         ("decode", _decode, ("decode",)),
         ("batches", _batches, ("decode",)),
@@ -30,19 +24,7 @@ def draw(rows: list[Row], docs: Path) -> None:
     ):
         own = [row for row in rows if row["case"] in cases]
         if own:
-            figure = plot(own)
-            figure.tight_layout()
-            figure.savefig(
-                folder / f"performance_{name}.png",
-                dpi=110,
-                metadata={"Software": None, "Source": fingerprint(rows)},
-            )
-            plt.close(figure)
-
-
-def fingerprint(rows: list[Row]) -> str:
-    """Of the data that the plots show; written into them."""
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+            figures.save(plot(own), docs / f"images/performance_{name}.png", rows)
 
 
 def _lines(rows: list[Row], label: str) -> Figure:

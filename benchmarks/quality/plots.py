@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+import figures
 from quality import results
 
 Row = results.Row
@@ -19,9 +15,6 @@ Row = results.Row
 
 def draw(rows: list[Row], overlaps: list[Row], docs: Path) -> None:
     """Write a plot per experiment that was held under ``docs/images``."""
-    folder = docs / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    source = fingerprint(rows, overlaps)
     tasks, names = ({row[column] for row in rows} for column in ("task", "name"))
     for name, plot, own, held in (
         ("lengths", _lengths, rows, "lengths" in tasks),
@@ -32,19 +25,7 @@ def draw(rows: list[Row], overlaps: list[Row], docs: Path) -> None:
         ("overlap", _overlap, overlaps, overlaps),
     ):
         if held:
-            figure = plot(own)
-            figure.tight_layout()
-            figure.savefig(
-                folder / f"quality_{name}.png",
-                dpi=110,
-                metadata={"Software": None, "Source": source},
-            )
-            plt.close(figure)
-
-
-def fingerprint(rows: list[Row], overlaps: list[Row]) -> str:
-    """Of the data that the plots show; written into them."""
-    return hashlib.sha256(json.dumps([rows, overlaps]).encode()).hexdigest()
+            figures.save(plot(own), docs / f"images/quality_{name}.png", [rows, overlaps])
 
 
 def _shares(rows: list[Row]) -> tuple[float, float, float]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import figures
 import pages
-from bench import plots, report, sides, steps, throughput
+from bench import report, sides, steps, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks/results/bench.json"
@@ -82,7 +83,7 @@ def test_the_page_is_made_from_the_committed_rows(tmp_path):
         path.name for path in sorted((tmp_path / "images").glob("*.png"))
     ]
     for path in images:
-        assert Image.open(path).text["Source"] == plots.fingerprint(rows), path.name
+        assert Image.open(path).text["Source"] == figures.fingerprint(rows), path.name
 
 
 def test_readme_shows_what_was_measured():

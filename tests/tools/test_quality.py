@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import figures
 import pages
 from arkvale_sglang.config.settings import ArkValeConfig
 from needle_model import text
 from needle_model.tokenizer import build_tokenizer
-from quality import plots, report, results, tasks
+from quality import report, results, tasks
 from quality.plan import COMPARED, DEFAULT, DROPPING, FULL, SMALL, plans
 from quality.servers import CONTEXT, Rule, by_server
 
@@ -121,8 +122,8 @@ def test_the_page_is_what_its_csv_makes_of_it(tmp_path):
     assert report.write(RESULTS, tmp_path).read_text() == page
     made = {plot.name for plot in tmp_path.glob("images/*.png")}
     assert made == {plot.name for plot in (ROOT / "docs/images").glob("quality_*.png")}
-    kept = (results.read(RESULTS / name) for name in ("quality.csv", "digests.csv"))
-    source = plots.fingerprint(*kept)
+    kept = [results.read(RESULTS / name) for name in ("quality.csv", "digests.csv")]
+    source = figures.fingerprint(kept)
     for name in made:
         assert f"images/{name}" in page
         with Image.open(ROOT / "docs/images" / name) as plot:

@@ -46,15 +46,16 @@ def attend_frames(
     common_length: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.attend.api.attend_frames`."""
-    rows, query_heads, head_dim = query.shape
-    page_size, kv_heads = k_frames.shape[1:3]
-    folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
-    shape = rows, -1, kv_heads, head_dim
+    page_size = k_frames.shape[1]
     if common_length:
         lane_frames = lane_frames[:, : -(-common_length // page_size)]
         if lane_frames.amin() >= 0:
             return _attend_whole(query, k_frames, v_frames, lane_frames, scaling, common_length)
 
+    rows, query_heads, head_dim = query.shape
+    kv_heads = k_frames.shape[2]
+    folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
+    shape = rows, -1, kv_heads, head_dim
     inside = _inside(lane_frames, lengths, page_size)
     k, v = (
         held.view(shape).transpose(1, 2)
