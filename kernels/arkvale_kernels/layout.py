@@ -13,6 +13,10 @@ SCORE_BITS = 24
 PINNED = torch.iinfo(torch.int64).max
 """Heat of a frame whose page may not leave: it is open, or the frame is the scratch row."""
 
+COPY_BYTES = 8 << 20
+"""Most that a host reference copies at once of what it only reads through: the allocator gives a
+larger copy fresh memory each time, and touching that takes longer than the work on it."""
+
 
 class Residency(NamedTuple):
     """The tables of one layer, or of all layers with a leading layer dimension."""

@@ -146,7 +146,7 @@ def test_rows_of_one_length_attend_without_a_mask(heads, length, block, dtype, m
     longer than so many pages are read in blocks and merged."""
     query_heads, kv_heads, dim = heads
     page_bytes = 2 * 32 * kv_heads * dim * dtype.itemsize
-    monkeypatch.setattr(reference, "_BLOCK_BYTES", block * page_bytes)
+    monkeypatch.setattr(reference, "COPY_BYTES", block * page_bytes)
     lane_frames, lengths = [[3, 5, 0], [1, 4, 2]], [length] * 2
     pages = -(-length // 32)
     lane_frames = [listed[:pages] for listed in lane_frames]

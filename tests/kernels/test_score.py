@@ -146,6 +146,15 @@ def test_a_program_scores_one_tile_after_the_other(reduce, stored, guards, few_p
     assert_rows(kernel.score_pages, arguments, reduce)
 
 
+@by_reduce
+@pytest.mark.parametrize("run", [1, 3], ids="run{}".format)
+def test_the_reference_scores_one_run_of_pages_after_the_other(reduce, run, guards, monkeypatch):
+    """Runs that divide the width and runs that do not."""
+    arguments = batch(guards, [20, 0, 17], 2, 3, 64, BF16, BF16)
+    monkeypatch.setattr(reference, "COPY_BYTES", run * 3 * 4 * 2 * 2 * 64)
+    assert_rows(reference.score_pages, arguments, reduce)
+
+
 @by_implementation
 @by_reduce
 @pytest.mark.parametrize("ratio", [1, 4], ids="gqa{}".format)

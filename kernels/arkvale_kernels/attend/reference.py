@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-_BLOCK_BYTES = 8 << 20
-"""Of keys copied at once."""
+from arkvale_kernels.layout import COPY_BYTES
+
 _fused_cpu = torch._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -79,14 +79,13 @@ def _attend_whole(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of one length without a gap: no mask is needed.
 
-    Long lists are read in blocks: the allocator gives a large copy fresh memory each time, and
-    touching that takes longer than attention.
+    Long lists are read in blocks of ``COPY_BYTES``.
     """
     rows, query_heads, head_dim = query.shape
     page_size, kv_heads = k_frames.shape[1:3]
     folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
     page_bytes = rows * k_frames[0].numel() * k_frames.itemsize
-    block = max(1, _BLOCK_BYTES // page_bytes)
+    block = max(1, COPY_BYTES // page_bytes)
     whole = None
     for first in range(0, lane_frames.shape[1], block):
         listed = lane_frames[:, first : first + block].reshape(-1)

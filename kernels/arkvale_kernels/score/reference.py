@@ -7,9 +7,11 @@ averaged *before* the scan: one matrix-vector product per row whatever the GQA r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from arkvale_kernels.layout import SelectionRule
+from arkvale_kernels.layout import COPY_BYTES, SelectionRule
 
 
 def score_pages(
@@ -26,17 +28,23 @@ def score_pages(
     rows, query_heads, head_dim = query.shape
     pages, kv_heads = lane_pages.shape[1], digests.shape[2]
     beyond = torch.arange(pages, device=page_counts.device) >= page_counts.unsqueeze(1)
-    flat = lane_pages.masked_fill(beyond, 0).reshape(-1)
-    gathered = _rows_of(digests, flat).view(rows, pages, 2, kv_heads, head_dim)
+    listed = lane_pages.masked_fill(beyond, 0)
     split = query.float().view(rows, kv_heads, query_heads // kv_heads, head_dim)
     if head_reduce == "mean":
         positive = split.clamp(min=0).sum(2)
         signed = torch.stack((positive, split.sum(2) - positive), 1) / query_heads
-        scores = torch.bmm(gathered.flatten(2), signed.view(rows, -1, 1)).squeeze(2)
+        signed = signed.view(rows, -1, 1)
+        parts = [torch.bmm(some.flatten(2), signed).squeeze(2) for some in _blocks(digests, listed)]
+        scores = _joined(parts)
     else:
-        signed = torch.cat((split.clamp(min=0), split.clamp(max=0)), -1)
-        by_head = gathered.permute(0, 3, 1, 2, 4).flatten(3)
-        scores = torch.matmul(by_head, signed.transpose(2, 3)).permute(0, 1, 3, 2).flatten(1, 2)
+        signed = torch.cat((split.clamp(min=0), split.clamp(max=0)), -1).transpose(2, 3)
+        parts = [
+            torch.matmul(some.permute(0, 3, 1, 2, 4).flatten(3), signed)
+            .transpose(2, 3)
+            .flatten(1, 2)
+            for some in _blocks(digests, listed)
+        ]
+        scores = _joined(parts)
         if head_reduce == "max":
             scores = scores.amax(1)
         else:
@@ -44,8 +52,20 @@ def score_pages(
             competing = rule.competing(page_counts, pages)
             logits = torch.where(competing.unsqueeze(1), scores * scaling, -torch.inf)
             scores = torch.softmax(logits, dim=-1).mean(1)
-    resident = frame_of.index_select(0, flat).view(rows, pages) >= 0
+    resident = frame_of.index_select(0, listed.view(-1)).view(rows, pages) >= 0
     return ((scores.view(torch.int32) & ~1) | resident).view(torch.float32)
+
+
+def _blocks(digests: torch.Tensor, lane_pages: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Digests of a run of pages of every row at a time: ``[rows, run, 2, KV heads, head_dim]``
+    float32."""
+    rows, row_bytes = lane_pages.shape[0], 4 * digests[0].numel()
+    for run in lane_pages.split(max(1, COPY_BYTES // (rows * row_bytes)), dim=1):
+        yield _rows_of(digests, run.reshape(-1)).view(rows, -1, *digests.shape[1:])
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _rows_of(digests: torch.Tensor, lane_pages: torch.Tensor) -> torch.Tensor:
