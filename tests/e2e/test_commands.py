@@ -38,10 +38,7 @@ RUN_BY = {
 }
 
 
-DOCUMENTS = (
-    "README.md",
-    *(f"docs/{name}.md" for name in ("design", "performance", "planning", "quality")),
-)
+DOCUMENTS = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
 
 def commands_in(text: str) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from sglang.srt.plugins import load_plugins
@@ -134,3 +137,16 @@ def test_the_device_named_decides_on_the_backend(monkeypatch, has_gpu):
         found[device] = settings["attention_backend"]
     left_open = "arkvale" if has_gpu else "torch_native"
     assert found == {"cpu": "torch_native", "cuda": "arkvale", None: left_open}
+
+
+def test_the_page_of_flags_lists_each_once_with_its_default():
+    page = (Path(__file__).resolve().parents[2] / "docs/flags.md").read_text()
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)
+    settings = {field.name: field.default for field in dataclasses.fields(ArkValeConfig)}
+    del settings["page_size"]
+    names = [f"arkvale-{name.replace('_', '-')}" for name in settings]
+    assert sorted(name for name, *_ in rows) == sorted(["kv-policy", *names])
+    for name, _, default in rows:
+        value = settings.get(name.removeprefix("arkvale-").replace("-", "_"))
+        if value not in (None, False) and name != "kv-policy":
+            assert default.strip("`") == str(value).removesuffix(".0"), name
