@@ -26,8 +26,8 @@ _REMEMBERED = 4096
 def by_layout(check: Callable[..., None]) -> Callable[..., None]:
     """Run an op's check only for arguments of a layout that has not passed before.
 
-    What it asks is told by shape, stride, dtype and device of tensors (alone, in tuples, or absent)
-    and by the other arguments themselves: in each layer of each step they are the same again.
+    What it asks is told by shape, stride, dtype, device and alignment of tensors (alone, in tuples,
+    or absent) and by the other arguments themselves: in each layer of each step they are the same.
     """
     passed: set[Any] = set()
 
@@ -45,7 +45,8 @@ def by_layout(check: Callable[..., None]) -> Callable[..., None]:
 
 def _layout(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device
+        place = argument.device, argument.data_ptr() % 16
+        return argument.shape, argument.stride(), argument.dtype, *place
     return tuple(map(_layout, argument)) if isinstance(argument, tuple) else argument
 
 

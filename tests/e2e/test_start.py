@@ -137,7 +137,8 @@ def test_the_engine_takes_the_same_settings_by_name(tiny, serve, tmp_path):
 
 
 def test_a_server_holds_the_bytes_that_were_planned(tiny, serve):
-    """The command reads nothing but config.json; the server allocated what it says."""
+    """The command reads nothing but config.json; the server plans the same sizes, to which
+    ``tests/core/test_sizing.py`` holds the store."""
     model = tiny("llama", dtype="float32")
     sizes = {
         "host_memory": 0.25, "device_tokens": 4096, "dense_layers": 1, "head_groups": 2,

@@ -38,11 +38,12 @@ def test_a_layout_that_passed_is_not_checked_again(counted):
         (torch.zeros(4, 2).t(), torch.ones(3)),
         (torch.zeros(2, 4).double(), torch.ones(3)),
         (torch.zeros(2, 4).to("meta"), torch.ones(3)),
+        (torch.zeros(9)[1:].view(2, 4), torch.ones(3)),
         (torch.zeros(2, 4), torch.ones(4)),
         (torch.zeros(2, 4), None),
     ],
 )
-def test_strides_dtype_device_and_nested_tensors_make_a_layout(counted, tensor, other):
+def test_strides_dtype_device_alignment_and_nested_tensors_make_a_layout(counted, tensor, other):
     check, ran = counted
     check(torch.zeros(2, 4), (None, torch.ones(3)), "a")
     check(tensor, (None, other), "a")

@@ -338,3 +338,15 @@ def test_tokens_of_many_heads_land_whole(op, dtype, guards):
 def test_kernel_and_reference_are_called_alike(name):
     """The API hands the same positional arguments to whichever serves the device."""
     assert inspect.signature(getattr(kernel, name)) == inspect.signature(getattr(reference, name))
+
+
+@pytest.mark.parametrize("offset, width", [(0, 8), (1, 8), (4, 8), (0, 6), (4, 6)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pages_are_put_whole_whatever_their_place_and_width(offset, width, dtype):
+    """The reference copies 8-byte words where pages are made of such, else elements."""
+    held = normal(offset + 5 * width, dtype=dtype)
+    target, pages = held[offset:].view(5, width), normal(2, width, dtype=dtype, seed=1)
+    expected = target.clone()
+    expected[[3, 1]] = pages
+    reference._put(target, torch.tensor([3, 1]), pages)
+    assert torch.equal(target, expected)

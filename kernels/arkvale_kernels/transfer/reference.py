@@ -67,15 +67,21 @@ def _recall(layer: PagedLayer, recalls: Recalls) -> None:
     _put(layer.v_frames, frames.long(), backups[:, 1])
 
 
-def _words(pages: torch.Tensor) -> torch.Tensor:
-    """``[pages, ...]`` as rows of 8-byte words, which torch copies several times faster than rows
-    of 2-byte elements."""
-    flat = pages.flatten(1)
-    return flat if flat.shape[1] * flat.itemsize % 8 else flat.view(torch.int64)
+def _words(*held: torch.Tensor) -> list[torch.Tensor]:
+    """``[pages, ...]`` each as rows of 8-byte words, where all are made of such: torch copies them
+    several times faster than rows of 2-byte elements."""
+    flat = [pages.flatten(1) for pages in held]
+    whole = all(
+        pages.itemsize * count % 8 == 0
+        for pages in flat
+        for count in (pages.shape[1], pages.storage_offset())
+    )
+    return [pages.view(torch.int64) for pages in flat] if whole else flat
 
 
 def _put(target: torch.Tensor, index: torch.Tensor, pages: torch.Tensor) -> None:
-    _words(target).index_copy_(0, index, _words(pages))
+    rows, new = _words(target, pages)
+    rows.index_copy_(0, index, new)
 
 
 def seal_pages(
@@ -145,8 +151,8 @@ def gather_pages(
         pages = staged.view(-1, *kept.shape[1:]) if groups == 1 else None
         pages = torch.index_select(kept, 0, rows, out=pages)
         if evicted.numel():
-            backups = _words(layer.host[:, half]).index_select(0, source)
-            _words(pages).index_copy_(0, evicted, backups.to(pages.device))
+            backups, target = _words(layer.host[:, half], pages)
+            target.index_copy_(0, evicted, backups.index_select(0, source).to(pages.device))
         if groups > 1:
             lanes = pages.unflatten(0, (-1, groups)).transpose(1, 2)
             staged.view(lanes.shape).copy_(lanes)
