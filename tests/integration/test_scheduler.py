@@ -92,8 +92,8 @@ def test_each_counts_by_its_own_settings():
     small, full = {"budget": 4 * SIZE}, {"policy": "full"}
     for wishes, most in ((None, 3), (small, 5), (full, 20)):
         assert len(Passes().admit([request(1000, wishes=wishes) for _ in range(30)])) == most
-    mixed = [request(1000, wishes=wishes) for wishes in (None, small, full, None, full, full, full)]
-    assert len(Passes().admit(mixed)) == 6
+    mixed = [request(1000, wishes=wishes) for wishes in (None, small, full, None, *[full] * 4)]
+    assert len(Passes().admit(mixed)) == 7
 
 
 def test_growth_of_each_retracts_by_its_own_settings():
