@@ -5,13 +5,11 @@
 
 The model has 3 layers, and a branch fills one page of its own.  Expected output:
 
-    the code of the proud house is 4969.
-    the code of the faded wagon is 7808.
-    the code of the narrow hat is 5866.
-    the code of the quick harp is 9558.
-    the code of the fast fence is 3578.
-    the code of the bitter table is 8268.
-    for the document 252 pages were digested, for its branches 18
+    the code of the proud rope is 6634.
+    the code of the faded bell is 4969.
+    the code of the narrow house is 7808.
+    the code of the quick well is 5866.
+    for the document 252 pages were digested, for its branches 12
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import sglang as sgl
 
 from needle_model import text
 
-BRANCHES, LINES = 6, 300
+BRANCHES, LINES = 4, 300
 
 
 @sgl.function
@@ -40,19 +38,17 @@ def look_up(s, document, codes, digested):
 
 def main(url: str) -> int:
     server = sgl.RuntimeEndpoint(url)
-    sgl.set_default_backend(server)
     server.flush_cache()  # so that nothing of the document is known from an earlier run
     rng = random.Random(0)
     codes = text.codes(rng, text.subjects(rng, BRANCHES))
     lines = list(itertools.islice(text.filler(rng), LINES))
-    for place, code in enumerate(codes):
-        lines.insert(30 + 35 * place, code.sentence)
+    lines[LINES // 2 : LINES // 2] = [code.sentence for code in codes]
 
     def digested() -> int:
         return server.get_server_info()["internal_states"][0]["arkvale"]["pages_digested"]
 
     before = digested()
-    state = look_up.run(" ".join(lines), codes, digested, temperature=0)
+    state = look_up.run(" ".join(lines), codes, digested, temperature=0, backend=server)
     shared, own = state["digested"] - before, digested() - state["digested"]
     print(*state["answers"], sep="\n")
     print(f"for the document {shared} pages were digested, for its branches {own}")
