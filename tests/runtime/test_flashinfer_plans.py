@@ -67,7 +67,6 @@ def test_lanes_are_rows_with_fewer_heads_and_graphs_keep_their_buffers():
 def test_rows_beyond_the_budget_have_buffers_that_hold_all_their_pages():
     """Two groups; 4 pages of budget, 9 at most: full rows are planned beside those that choose."""
     planner = attention()
-    planner.fixed = False
     choosing, full = planner.plan_lanes([64, 64], 0), planner.plan_lanes([16 * 9, 16 * 8], 0)
     assert full is not choosing
     assert (choosing.lists.indices.numel(), full.lists.indices.numel()) == (4 * 4, 4 * 9)

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arkvale_sglang.config.settings import ArkValeConfig
-from arkvale_sglang.runtime import cache as cache_module
 from arkvale_sglang.runtime import attention, decode, prefix, streams
+from arkvale_sglang.runtime import cache as cache_module
 from support.engine import FakeEngine
 
 aten = torch.ops.aten
