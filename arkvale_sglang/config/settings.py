@@ -15,7 +15,9 @@ ATTENTIONS = ("flashinfer", "triton")
 HEAD_REDUCES = ("mean", "max", "softmax-mean")
 SELECTIONS = ("recall", "streaming", "snapkv", "h2o")
 """The policy, and rules that drop pages for good, kept to be compared with."""
-PER_REQUEST = ("budget", "top_k", "head_reduce", "selection")
+POLICIES = ("full", "arkvale")
+"""Of a server and of a request: everything, or the pages that matter."""
+PER_REQUEST = ("policy", "budget", "top_k", "head_reduce", "selection")
 """Settings that a request may carry for itself."""
 DEFAULT_PAGE_SIZE = 32
 PAPER_TOP_K = 1280
@@ -70,6 +72,9 @@ class ArkValeConfig:
     attention: str | None = None
     """Who attends on a GPU; ``None`` takes FlashInfer where it is installed and knows the shape."""
     page_size: int = DEFAULT_PAGE_SIZE
+    policy: str = "arkvale"
+    """``full`` attends to everything whatever the budget; a request alone can set it, since a whole
+    server of that policy is stock SGLang."""
     check_invariants: bool = False
     """Check the tables whenever the server is idle and stop it on the first violation."""
 
@@ -131,6 +136,12 @@ class ArkValeConfig:
         return self.budget // self.page_size
 
     @property
+    def frame_pages(self) -> int:
+        """Most pages that must hold a frame for a row to attend; under ``full`` the open one alone,
+        since all others are read wherever they are."""
+        return 1 if self.policy == "full" else self.budget_pages
+
+    @property
     def must_pages(self) -> int:
         """Ranked pages recalled if missing; sinks and the window come on top, within the budget."""
         room = self.budget_pages - self.sink_pages - self.window_pages
@@ -156,6 +167,11 @@ class ArkValeConfig:
             ArkValeError: unknown names, or settings that contradict each other.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        if values.get("policy") not in (None, "arkvale"):
+            _refuse(
+                f"arkvale_policy is {values['policy']!r}, which only a request can set",
+                "leave it out, or serve with --kv-policy full",
+            )
         unknown = sorted(set(values) - known)
         if unknown:
             _refuse(
@@ -172,6 +188,9 @@ class ArkValeConfig:
         Raises:
             ArkValeError: not a mapping, a name that is not in ``PER_REQUEST``, a value of the
                 wrong type, more than this server's budget, or a contradiction.
+
+        Returns:
+            This very object if nothing differs.
         """
         if wishes is None:
             return self
@@ -190,6 +209,16 @@ class ArkValeConfig:
                 _refuse(
                     f"custom_params['arkvale'][{name!r}] is {value!r}", f"give it {_KINDS[kind]}"
                 )
+        policy = wishes.get("policy", self.policy)
+        _check_choice("custom_params['arkvale']['policy']", policy, POLICIES)
+        if policy == "full":
+            for name in set(wishes) - {"policy"}:
+                _refuse(
+                    f"custom_params['arkvale'] has {name!r} beside the policy 'full', which has no "
+                    "use for it",
+                    "leave one of the two out",
+                )
+            return dataclasses.replace(self, policy="full", selection="recall")
         if wishes.get("budget", 0) > self.budget:
             _refuse(
                 f"custom_params['arkvale'] asks for a budget of {wishes['budget']} tokens, but "
@@ -200,9 +229,22 @@ class ArkValeConfig:
         if "budget" in own and self.top_k is not None:
             own.setdefault("top_k", min(self.top_k, own["budget"]))
         try:
-            return dataclasses.replace(self, **own)
+            settings = dataclasses.replace(self, **own)
         except ArkValeError as error:
             raise ArkValeError(f"custom_params['arkvale']: {error}") from None
+        return self if settings == self else settings
+
+    def as_reported(self) -> dict[str, str | int]:
+        """What a request is served with, under the names it asks by; tokens are whole pages."""
+        if self.policy == "full":
+            return {"policy": "full"}
+        return {
+            "policy": "arkvale",
+            "budget": self.budget_pages * self.page_size,
+            "top_k": self.must_pages * self.page_size,
+            "head_reduce": self.head_reduce,
+            "selection": self.selection,
+        }
 
 
 _KINDS = {int: "a whole number", str: "a name"}

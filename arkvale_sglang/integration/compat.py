@@ -14,6 +14,7 @@ SUPPORTED = ("0.5.17", "0.5.23")
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 
 
@@ -57,7 +58,16 @@ CHECK_POOLS = HookPoint(
 NEW_FORWARD_BATCH = HookPoint(
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", ("batch",)
 )
-VERIFY_SAMPLING = HookPoint("sglang.srt.sampling.sampling_params.SamplingParams.verify")
+GENERATE = HookPoint(f"{_TOKENIZER}.generate_request", ("obj",))
+WAIT_FOR_RESPONSE = HookPoint(f"{_TOKENIZER}._wait_one_response", ("obj",))
+CHAT_RESPONSE = HookPoint(
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response", ("ret",)
+)
+COMPLETION_RESPONSE = HookPoint(
+    "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion."
+    "_build_completion_response",
+    ("ret",),
+)
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 CAN_RUN_GRAPH = HookPoint(f"{_GRAPHS}.can_run_graph", ("forward_batch",))
 CAPTURE_GRAPH = HookPoint(f"{_GRAPHS}.capture_one_shape", ("size",))

@@ -16,6 +16,7 @@ from arkvale_sglang.config.settings import (
     DIGEST_DTYPES,
     DIGESTS,
     HEAD_REDUCES,
+    POLICIES,
     SELECTIONS,
     ArkValeConfig,
     ArkValeError,
@@ -23,7 +24,6 @@ from arkvale_sglang.config.settings import (
 
 CONFIG_ENV = "ARKVALE_CONFIG"
 """Carries the settings to SGLang's child processes; unset means stock SGLang."""
-POLICIES = ("full", "arkvale")
 PREFIX = "arkvale_"
 BACKENDS = ("arkvale", "torch_native")
 """Names the policy registers under: on an accelerator, and on a CPU."""

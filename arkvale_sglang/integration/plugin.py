@@ -22,13 +22,14 @@ def register() -> None:
     _hook(compat.ADD_CLI_ARGS, HookType.AFTER, _add_cli_args)
     _hook(compat.FROM_CLI_ARGS, HookType.AROUND, _from_cli_args)
     _hook(compat.CHECK_SERVER_ARGS, HookType.AFTER, _check_server_args)
-    _hook(compat.VERIFY_SAMPLING, HookType.AFTER, requests.check)
     _teach_engine()
     config = flags.current_config()
     if config is not None and not _parses_arguments() and compat.in_scheduler():
         from arkvale_sglang.integration import scheduler
 
         scheduler.install(config, _hook)
+    if _takes_requests():
+        requests.install(_hook)
     HookRegistry.apply_hooks()
     _verify()
 
@@ -65,6 +66,11 @@ def _parses_arguments() -> bool:
     import multiprocessing
 
     return multiprocessing.parent_process() is None
+
+
+def _takes_requests() -> bool:
+    """Whether requests arrive in this process, which runs the HTTP server or an ``Engine``."""
+    return _parses_arguments() or "sglang.srt.entrypoints.engine" in sys.modules
 
 
 def _add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ class ArkValeKVPool(memory_pool.MHATokenToKVPool):
 
 
 class LogicalAllocator(paged.PagedTokenToKVPoolAllocator):
-    """A paged allocator of logical slots: pages die here, and frames are admitted here."""
+    """A paged allocator of logical slots: pages die here."""
 
     _kvcache: ArkValeKVPool
 
@@ -85,10 +85,6 @@ class LogicalAllocator(paged.PagedTokenToKVPoolAllocator):
         """Forget all pages; also part of the base class's construction."""
         super().clear()
         self.cache.reset()
-
-    def holds(self, requests: Iterable[Any]) -> bool:
-        """Whether frames suffice for the next decode step of these requests."""
-        return self.cache.admission.holds(tokens_of(requests))
 
 
 def allocator_class(base: type[paged.PagedTokenToKVPoolAllocator]) -> type:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -24,7 +24,12 @@ from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.sizing import Memory, PoolPlan, plan_pool
 from arkvale_sglang.integration import compat, flags, model_check, requests
 from arkvale_sglang.integration.backend import ArkValeBackend, choose_attention
-from arkvale_sglang.integration.pool import ArkValeKVPool, allocator_class, expected_tokens
+from arkvale_sglang.integration.pool import (
+    ArkValeKVPool,
+    allocator_class,
+    expected_tokens,
+    tokens_of,
+)
 from arkvale_sglang.policy.admission import FrameAdmission
 
 logger = logging.getLogger(__name__)
@@ -207,9 +212,8 @@ class Wiring:
         the pass without marking the batch full: that mark would stay until a running request
         leaves, and keep out shorter ones that come to the head of the queue meanwhile.
         """
-        requests = (*adder.running_batch.reqs, *adder.can_run_list, req)
-        expected = expected_tokens(requests, adder.new_token_ratio)
-        if not self.pool.cache.admission.holds(expected):
+        running = (*adder.running_batch.reqs, *adder.can_run_list, req)
+        if not self._frames_hold(running, expected_tokens(running, adder.new_token_ratio)):
             return AddReqResult.OTHER
         return original(adder, req, *args, **kwargs)
 
@@ -217,11 +221,16 @@ class Wiring:
         self, original: Callable[..., bool], batch: Any, selected_indices: list[int] | None = None
     ) -> bool:
         """Whether slots and frames suffice for the next decode step; ``False`` retracts."""
-        requests = batch.reqs
+        running = batch.reqs
         if selected_indices is not None:
-            requests = [batch.reqs[index] for index in selected_indices]
+            running = [batch.reqs[index] for index in selected_indices]
         enough = original(batch, selected_indices=selected_indices)
-        return enough and batch.token_to_kv_pool_allocator.holds(requests)
+        return enough and self._frames_hold(running, tokens_of(running))
+
+    def _frames_hold(self, running: Sequence[Any], tokens: Iterable[int]) -> bool:
+        """Whether frames suffice for the next step of requests that hold so many tokens each."""
+        settings = [requests.settings_for(request, self.config) for request in running]
+        return self.pool.cache.admission.holds(tokens, settings)
 
     def internal_state(self, result: Any, scheduler: Any, recv_req: Any) -> Any:
         """Show settings and counters under ``internal_states[0]["arkvale"]`` of /server_info."""

@@ -84,7 +84,10 @@ class FlashInferAttention(Attention):
     def plan_lanes(self, lengths: list[int], wave: int) -> DecodeAttention:
         """See :meth:`Attention.plan_lanes`."""
         by_lane = [length for length in lengths for _ in range(self._groups)]
-        planned = self._wrapper("lanes", self._lane_shape, len(by_lane), wave, self._budget)
+        kind, row_pages = "lanes", self._budget
+        if max(lengths, default=0) > self._budget * self._lane_shape.page_size:
+            kind, row_pages = "whole", self._row_pages  # rows that attend to everything
+        planned = self._wrapper(kind, self._lane_shape, len(by_lane), wave, row_pages)
         planned.plan(by_lane)
         return planned
 

@@ -101,9 +101,9 @@ class PagedCache:
             settings: of each row, where rows have their own; a run has one.
         """
         waves = [(0, len(page_counts))]
-        budgets = [own.budget_pages for own in settings] if settings else None
+        limits = [own.frame_pages for own in settings] if settings else None
         if self.pressed:
-            waves = self.admission.waves(page_counts, budgets)
+            waves = self.admission.waves(page_counts, limits)
         if settings:
             cuts = {row for row in range(1, len(settings)) if settings[row] != settings[row - 1]}
             edges = sorted(cuts.union(*waves))

@@ -24,7 +24,7 @@ class Counters:
         self.resident_hits = 0
         """Hits of steps in which nothing could be missing, counted on the host."""
         self.streamed = 0
-        """Prefix tokens that prefill read back, per managed layer."""
+        """Prefix tokens that prefill and full rows read where they are, per managed layer."""
 
     def of_layer(self, layer: int) -> torch.Tensor:
         """``[5]`` int64 totals of one layer, for the residency op to add to."""

@@ -18,6 +18,7 @@ from arkvale_sglang.core.store import DenseLayer
 from arkvale_sglang.policy.admission import selection_rule
 from arkvale_sglang.runtime.attention import DecodeAttention
 from arkvale_sglang.runtime.cache import PagedCache
+from arkvale_sglang.runtime.prefix import Sequence, attend_whole, whole_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Wave:
     """Whether some row must choose; else every row attends to all its pages."""
     attention: DecodeAttention | None
     """How the lists are attended; ``None`` for the op's own kernel."""
+    sequences: list[Sequence] | None = None
+    """Of the rows, where they attend to everything and pages may lack frames: read as in prefill,
+    they need none but their open pages'."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +194,11 @@ def _plan_wave(
     number: int,
 ) -> Wave:
     groups, size = cache.plan.geometry.groups, cache.config.page_size
-    budget = settings.budget_pages
     own = host_lengths[rows]
     page_counts = [-(-length // size) for length in own]
     width = max(1, *page_counts)
+    whole = settings.policy == "full"
+    budget = width if whole else settings.budget_pages
     over_budget = width > budget
     counts = counts[rows].repeat_interleave(groups)
     attended = lengths[rows].repeat_interleave(groups)
@@ -205,6 +210,7 @@ def _plan_wave(
         length - max(0, pages - budget) * size
         for length, pages in zip(own, page_counts, strict=True)
     ]
+    sequences = whole_rows(cache, pages, host_lengths, rows) if whole and cache.pressed else None
     return Wave(
         settings=settings,
         requests=None if settings.selection == "recall" else requests[rows],
@@ -214,7 +220,8 @@ def _plan_wave(
         lengths=attended,
         common_length=_common(kept),
         over_budget=over_budget,
-        attention=cache.attention.plan_lanes(kept, number),
+        attention=None if sequences else cache.attention.plan_lanes(kept, number),
+        sequences=sequences,
     )
 
 
@@ -257,17 +264,21 @@ def decode_managed(
         # What earlier waves used in this step may leave now.
         clock = cache.clock + number if number else cache.clock
         rows = lane_query[wave.lane_rows]
-        if step.pressed or wave.over_budget:
+        lane_frames, recalls = None, None
+        if wave.sequences is None and (step.pressed or wave.over_budget):
             lane_frames, recalls = _choose(cache, index, wave, rows, clock, scaling)
-        else:
+        elif wave.sequences is None:
             with part("resolve"):
                 known = step.lane_frames
                 lane_frames = _look_up(layer, wave) if known is None else known[index]
-            recalls = None
         move_pages(layer, new, recalls, clock, digest=cache.config.digest)
         new = None
         with part("attend"):
-            outputs.append(_attend(layer, wave, rows, lane_frames, scaling))
+            if wave.sequences is None:
+                out = _attend(layer, wave, rows, lane_frames, scaling)
+            else:
+                out = attend_whole(cache, index, wave.sequences, query, k, v, scaling)
+        outputs.append(out.view(rows.shape))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out.view(query.shape)
 
@@ -342,11 +353,12 @@ def _attend(
     layer: PagedLayer,
     wave: Wave,
     query: torch.Tensor,
-    lane_frames: torch.Tensor,
+    lane_frames: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
     if wave.attention is not None:
         return wave.attention.run(query, layer.k_frames, layer.v_frames, scaling)
+    assert lane_frames is not None
     return attend_frames(
         query,
         layer.k_frames,

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import torch
 
-from arkvale_kernels.attend import merge_parts
 from arkvale_kernels.residency import find_places
 from arkvale_kernels.transfer import seal_frames, seal_pages, write_tokens
 from arkvale_sglang.config.settings import ArkValeConfig
-from arkvale_sglang.core.sizing import STAGING_TOKENS
 from arkvale_sglang.core.store import DenseLayer
-from arkvale_sglang.runtime.attention import Attention
 from arkvale_sglang.runtime.cache import PagedCache
 from arkvale_sglang.runtime.dropping import OBSERVED_TOKENS
+from arkvale_sglang.runtime.prefix import Sequence, attend_sequences, prefix_blocks
 from arkvale_sglang.runtime.streams import PrefixBlock
-
-
-@dataclasses.dataclass(frozen=True)
-class Sequence:
-    """One request of an extend batch: its tokens in the batch and the prefix before them."""
-
-    tokens: slice
-    prefix: list[PrefixBlock]
-    ranked: tuple[torch.Tensor, torch.Tensor] | None = None
-    """For rules that remember: ``[1]`` int64 request and ``[groups, pages]`` int32 lane pages, the
-    sealed ones and one more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +59,7 @@ def plan_extend(
     ends = [prefix + chunk for prefix, chunk in zip(prefix_lengths, chunk_lengths, strict=True)]
     lengths = cache.to_device(ends)
     pages = cache.page_table(slots, rows, lengths, -(-max(ends) // size))
-    _claim_new_pages(cache, pages, prefix_lengths, ends)
+    _claim_new_pages(cache, pages, prefix_lengths, ends, settings)
 
     sequences, first_tokens, whole_pages, loose, topped_up = [], [], [], [], []
     start = 0
@@ -91,7 +77,8 @@ def plan_extend(
         loose += others
         start = tokens.stop
     _note_sealed(cache, [*whole_pages, *topped_up])
-    cache.prefix.start([block for sequence in sequences for block in sequence.prefix])
+    layers = range(cache.plan.geometry.managed_layers)
+    cache.prefix.start([block for sequence in sequences for block in sequence.prefix], layers)
     loose_tokens = torch.cat(loose)
     loose_slots = new_slots.index_select(0, loose_tokens)
     return ExtendStep(
@@ -140,7 +127,7 @@ def _sequence(
     if settings.selection in ("snapkv", "h2o"):
         sealed = pages[: end // cache.config.page_size].unsqueeze(0)
         ranked = request, cache.lane_pages(torch.nn.functional.pad(sealed, (0, 1)))
-    return Sequence(tokens, _prefix_blocks(cache, pages, prefix), ranked)
+    return Sequence(tokens, prefix_blocks(cache, pages, prefix), ranked)
 
 
 def _note_sealed(cache: PagedCache, pages: list[torch.Tensor]) -> None:
@@ -152,26 +139,18 @@ def _note_sealed(cache: PagedCache, pages: list[torch.Tensor]) -> None:
         cache.counters.sealed += done.shape[0]
 
 
-def _prefix_blocks(cache: PagedCache, pages: torch.Tensor, prefix: int) -> list[PrefixBlock]:
-    """Cut a prefix into blocks that fit the staging buffer."""
-    size = cache.config.page_size
-    cuts = range(0, prefix, STAGING_TOKENS)
-    blocks = []
-    for start in cuts:
-        tokens = min(STAGING_TOKENS, prefix - start)
-        block = pages[start // size : -(-(start + tokens) // size)]
-        blocks.append(PrefixBlock(block, cache.lane_pages(block), tokens))
-    cache.counters.streamed += prefix
-    return blocks
-
-
 def _claim_new_pages(
-    cache: PagedCache, pages: torch.Tensor, prefix_lengths: list[int], ends: list[int]
+    cache: PagedCache,
+    pages: torch.Tensor,
+    prefix_lengths: list[int],
+    ends: list[int],
+    settings: list[ArkValeConfig] | None,
 ) -> None:
-    """Give the chunk's pages frames: all of them while frames are free, a budget's worth by
-    evicting colder pages.  Open pages come first, then windows, sinks, and the rest backwards,
-    so that a prompt longer than the frames ends with what its first decode step needs."""
-    size, device = cache.config.page_size, pages.device
+    """Give the chunk's pages frames: all of them while frames are free, what a row's decode steps
+    may ask for by evicting colder pages.  Open pages come first, then windows, sinks, and the rest
+    backwards, so that a prompt longer than the frames ends with what its first decode step
+    needs."""
+    size, device, budget = cache.config.page_size, pages.device, cache.config.budget_pages
     rows, columns, ranks, is_open = [], [], [], []
     for row, (prefix, end) in enumerate(zip(prefix_lengths, ends, strict=True)):
         count = -(-end // size)
@@ -181,6 +160,8 @@ def _claim_new_pages(
         rank = torch.where(
             is_sink & (from_end >= cache.config.window_pages), cache.config.window_pages, from_end
         )
+        if settings:
+            rank = torch.where(rank < settings[row].frame_pages, rank, rank + budget)
         rows.append(torch.full_like(column, row))
         columns.append(column)
         ranks.append(rank)
@@ -189,7 +170,7 @@ def _claim_new_pages(
     if order.numel() == 0:
         return
     row_index, column_index = torch.cat(rows)[order], torch.cat(columns)[order]
-    evicting = int((torch.cat(ranks) < cache.config.budget_pages).sum())
+    evicting = int((torch.cat(ranks) < budget).sum())
     cache.claim(
         pages[row_index.to(device), column_index.to(device)],
         torch.cat(is_open)[order].to(device),
@@ -217,9 +198,8 @@ def extend_managed(
     """
     layer = cache.store.managed[index]
     _store_chunk(cache, index, step, k, v)
-    out = _attend_sequences(
-        cache.attention, step, query, k, v, scaling, functools.partial(cache.prefix.take, index)
-    )
+    read = functools.partial(cache.prefix.take, index)
+    out = attend_sequences(cache.attention, step.sequences, query, k, v, scaling, read)
     for sequence in step.sequences:
         if sequence.ranked is not None:
             cache.transfers.join()  # the digests of this chunk's pages
@@ -247,27 +227,7 @@ def extend_dense(
         )
         return k_pages, v_pages
 
-    return _attend_sequences(cache.attention, step, query, k, v, scaling, read)
-
-
-def _attend_sequences(
-    attention: Attention,
-    step: ExtendStep,
-    query: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scaling: float,
-    read: Callable[[PrefixBlock], tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """Merge each chunk's attention to itself with that to the blocks of its prefix."""
-    out = torch.empty_like(query)
-    for sequence in step.sequences:
-        tokens = sequence.tokens
-        part = attention.chunk(query[tokens], k[tokens], v[tokens], scaling)
-        for block in sequence.prefix:
-            part = merge_parts(part, attention.part(query[tokens], *read(block), scaling))
-        out[tokens] = part[0]
-    return out
+    return attend_sequences(cache.attention, step.sequences, query, k, v, scaling, read)
 
 
 def _store_chunk(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +71,7 @@ class _Read:
 
 
 class PrefixReader:
-    """Reads the blocks of a pass's prefixes, each while the one before is attended.
+    """Reads the blocks of prefixes, each while the one before is attended.
 
     Layers take their blocks in a known order, so the next read is always known too: the next
     block of this layer, or the first of the next.
@@ -84,9 +84,12 @@ class PrefixReader:
         self._ahead: _Read | None = None
         self._buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * STAGING_BUFFERS
 
-    def start(self, blocks: list[PrefixBlock]) -> None:
-        """Note the blocks of a pass, in the order in which every managed layer takes them."""
-        layers = range(self._cache.plan.geometry.managed_layers)
+    def start(self, blocks: list[PrefixBlock], layers: Iterable[int]) -> None:
+        """Note the blocks, in the order in which each of the managed layers takes them.
+
+        What is read ahead is what the tables say then, so layers whose tables may change before
+        they take their blocks are to be noted one by one.
+        """
         self._order = [(layer, block) for layer in layers for block in blocks]
         self._next, self._ahead = 0, None
 

@@ -206,17 +206,49 @@ def test_a_request_may_set_its_own_budget_and_rule():
     assert dataclasses.replace(own, budget=2048, top_k=1024, selection="recall") == server
 
 
+def test_a_full_request_needs_a_frame_for_its_open_page_alone():
+    full = ArkValeConfig(selection="h2o").for_request({"policy": "full"})
+    assert (full.policy, full.selection, full.frame_pages) == ("full", "recall", 1)
+    assert full.as_reported() == {"policy": "full"}
+    assert ArkValeConfig().frame_pages == ArkValeConfig().budget_pages
+
+
+def test_what_equals_the_servers_settings_is_them():
+    """So that a batch of such requests is planned as one of requests without wishes."""
+    server = ArkValeConfig()
+    for wishes in ({}, {"policy": "arkvale"}, {"budget": server.budget}):
+        assert server.for_request(wishes) is server
+
+
+def test_what_is_reported_is_whole_pages_in_tokens():
+    own = ArkValeConfig(page_size=16).for_request({"budget": 300, "head_reduce": "max"})
+    assert own.as_reported() == {
+        "policy": "arkvale", "budget": 288, "top_k": 144, "head_reduce": "max",
+        "selection": "recall",
+    }  # fmt: skip
+
+
+def test_a_server_cannot_have_the_policy_of_a_request():
+    with pytest.raises(ArkValeError) as caught:
+        ArkValeConfig.from_mapping({"policy": "full"})
+    assert_sentence(str(caught.value))
+    assert "--kv-policy full" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
         (3, "is 3; make it an object"),
-        ({"page_size": 16}, "'page_size', which no request can set; use any of budget"),
+        ({"page_size": 16}, "'page_size', which no request can set; use any of policy, budget"),
         ({"budget": "many"}, r"\['budget'\] is 'many'; give it a whole number"),
         ({"budget": True}, r"\['budget'\] is True; give it a whole number"),
         ({"budget": 4096}, "4096 tokens, but this server was started with --arkvale-budget 2048"),
         ({"budget": 96}, "leaves no page to choose"),
         ({"top_k": 0}, "must be at least 1"),
         ({"selection": "lru"}, "'lru' is unknown; choose one of recall, streaming, snapkv, h2o"),
+        ({"policy": "lru"}, r"\['policy'\] 'lru' is unknown; choose one of full, arkvale"),
+        ({"policy": True}, r"\['policy'\] is True; give it a name"),
+        ({"policy": "full", "top_k": 64}, "'top_k' beside the policy 'full'"),
         ({"head_reduce": 1}, r"\['head_reduce'\] is 1; give it a name"),
     ],
 )

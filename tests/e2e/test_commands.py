@@ -34,6 +34,10 @@ RUN_BY = {
     "python benchmarks/offline_wheels.py": "tests/e2e/test_gpu_scripts.py, on small wheels",
     "pip install .": "the set-up of every run installs the package by its own metadata",
     "python -m sglang.launch_server": "every test of tests/e2e",
+    "python examples/chat.py": "test_an_example_against_a_server_prints_what_it_says",
+    "python examples/documents.py": "test_an_example_against_a_server_prints_what_it_says",
+    "python examples/fork.py": "test_an_example_against_a_server_prints_what_it_says",
+    "python examples/engine.py": "test_the_engine_example_prints_what_it_says",
     "arkvale report": "test_serve_prints_a_curl_line_that_works",
 }
 
@@ -56,7 +60,8 @@ def test_documents_name_only_commands_that_are_run(document):
 
 
 def test_tests_that_run_commands_exist():
-    files = {Path(__file__), Path(__file__).with_name("test_gpu_scripts.py")}
+    others = ("test_gpu_scripts.py", "test_examples.py")
+    files = {Path(__file__), *map(Path(__file__).with_name, others)}
     tests = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
     named = {name for by in RUN_BY.values() for name in re.findall(r"\btest_\w+\b(?!\.py)", by)}
     assert named and named <= tests

@@ -8,6 +8,7 @@ same model in float64, and the policy may err at most ``SLACK`` times as much as
 from __future__ import annotations
 
 import dataclasses
+import urllib.error
 
 import pytest
 
@@ -99,6 +100,30 @@ def test_a_prompt_four_times_the_frames_prefills_exactly(sides):
     for server in servers:
         found = generate(server, LONG, 1, prompt_logprobs=True)
         assert_same(ruler, [LONG], [expected], [found])
+
+
+def test_full_requests_are_exact_beside_rows_that_evict(sides):
+    """Two of three full ones exceed the budget, one all frames; the others keep them busy."""
+    ruler, stock, servers = sides
+    full = [prompt(length, 300 + length) for length in (1003, 640, 90)]
+    others = [prompt(length, 300 + length) for length in (530, 410)]
+    wishes = [{"policy": "full"}] * 3 + [{"budget": 192}, {"budget": 160, "top_k": 32}]
+    expected = generate_together(stock, full, 24)
+    for server in servers:
+        found = generate_together(server, [*full, *others], 24, wishes=wishes)
+        assert_same(ruler, full, expected, found[: len(full)])
+        assert [answer["meta_info"]["arkvale"]["policy"] for answer in found] == [
+            *["full"] * 3, *["arkvale"] * 2,
+        ]  # fmt: skip
+
+
+def test_stock_sglang_refuses_wishes_and_tells_nothing(sides):
+    stock = sides[1]
+    assert "arkvale" not in generate(stock, prompt(9, 1), 1)["meta_info"]
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        generate_together(stock, [prompt(9, 1)] * 2, 1, wishes=[None, {"policy": "full"}])
+    assert refusal.value.code == 400
+    assert b"without --kv-policy arkvale" in refusal.value.read()
 
 
 def test_follow_up_turns_on_evicted_prefixes(sides):

@@ -31,8 +31,13 @@ def test_policy_equals_stock_on_another_release(release, tiny, serve):
     server = serve(model, *POLICY, python=str(python))
     info = server.get("/server_info")
     assert info["version"] == release
-    found = [answer["output_ids"] for answer in generate_together(server, TOGETHER, 24)]
-    assert found == expected
+    wishes = [None, {"policy": "full"}, {"budget": 512, "top_k": 64}]
+    answers = generate_together(server, TOGETHER, 24, wishes=wishes)
+    assert [answer["output_ids"] for answer in answers] == expected
+    got = [answer["meta_info"]["arkvale"] for answer in answers]
+    assert got[1] == {"policy": "full"} and [got[0]["top_k"], got[2]["top_k"]] == [256, 64]
+    completion = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    assert server.post("/v1/completions", completion)["metadata"]["arkvale"] == got[0]
     assert generate(server, LONG, 1)["output_ids"] == first
     report = wait_idle(server)
     assert report["pages_recalled"] > 100 and report["violations"] == []

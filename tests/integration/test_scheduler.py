@@ -53,10 +53,12 @@ class Passes:
         return adder.can_run_list
 
 
-def request(prompt: int, *, generated: int = 0, limit: int = 0) -> SimpleNamespace:
+def request(
+    prompt: int, *, generated: int = 0, limit: int = 0, wishes: dict | None = None
+) -> SimpleNamespace:
     return SimpleNamespace(
         origin_input_ids=[1] * prompt, output_ids=[1] * generated,
-        sampling_params=SimpleNamespace(max_new_tokens=limit),
+        sampling_params=SimpleNamespace(max_new_tokens=limit, custom_params={"arkvale": wishes}),
     )  # fmt: skip
 
 
@@ -83,6 +85,26 @@ def test_growth_counts_by_the_share_that_the_engine_expects():
     assert [len(Passes().admit(waiting, ratio)) for ratio in (0.0, 0.5, 1.0)] == [20, 5, 3]
     waiting = [request(15, generated=80, limit=80) for _ in range(30)]
     assert len(Passes().admit(waiting, 1.0)) == 3
+
+
+def test_each_counts_by_its_own_settings():
+    """20 frames: 3 at the server's budget of 6 pages, 5 at half of it, and 20 that are full."""
+    small, full = {"budget": 4 * SIZE}, {"policy": "full"}
+    for wishes, most in ((None, 3), (small, 5), (full, 20)):
+        assert len(Passes().admit([request(1000, wishes=wishes) for _ in range(30)])) == most
+    mixed = [request(1000, wishes=wishes) for wishes in (None, small, full, None, *[full] * 4)]
+    assert len(Passes().admit(mixed)) == 7
+
+
+def test_growth_of_each_retracts_by_its_own_settings():
+    """Two at the server's budget and one that is full leave 7 of 20 frames to short ones."""
+    wiring = Passes().wiring
+    running = [request(1000), request(1000), request(1000, wishes={"policy": "full"})]
+    for short, enough in ((7, True), (8, False)):
+        batch = SimpleNamespace(reqs=[*running, *[request(3) for _ in range(short)]])
+        assert wiring.check_decode_memory(lambda *_, **__: True, batch) is enough
+    assert wiring.check_decode_memory(lambda *_, **__: True, batch, [0, 1, 2]) is True
+    assert wiring.check_decode_memory(lambda *_, **__: False, batch, [0]) is False
 
 
 def test_an_idle_server_admits_any_request():

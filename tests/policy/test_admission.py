@@ -110,6 +110,22 @@ def test_need_counts_started_pages_up_to_the_budget():
     assert [gate.need(tokens) for tokens in (0, 1, 16, 17, 96, 97, 10**6)] == [0, 1, 1, 2, 6, 6, 6]
 
 
+def test_need_is_what_the_requests_own_settings_ask_for():
+    gate, config = admission(), ArkValeConfig(page_size=16, budget=96, sink_pages=1, window_pages=1)
+    small = config.for_request({"budget": 48})
+    full = config.for_request({"policy": "full"})
+    assert [gate.need(tokens, small) for tokens in (16, 17, 10**6)] == [1, 2, 3]
+    assert [gate.need(tokens, full) for tokens in (1, 10**6)] == [1, 1]
+    assert gate.holds([1000] * 6, [small] * 6) and not gate.holds([1000] * 7, [small] * 7)
+    assert gate.holds([1000] * 5, [config, config, full, full, full])
+
+
+def test_rows_that_are_full_need_no_room_in_a_wave():
+    """20 frames less 5 open pages and one more: two choices of 6 fit, however long the full are."""
+    assert admission().waves([50] * 5, [6, 6, 1, 1, 1]) == [(0, 5)]
+    assert admission().waves([50] * 5, [6, 6, 6, 1, 1]) == [(0, 2), (2, 5)]
+
+
 def test_need_never_exceeds_the_pages_there_are():
     """A pool smaller than the budget bounds what a request can ask for."""
     assert admission(pages=5, frames=4, budget=6).need(10**6) == 5

@@ -64,6 +64,15 @@ def test_lanes_are_rows_with_fewer_heads_and_graphs_keep_their_buffers():
     assert planner.plan_lanes([1, 2], 1) is not first, "waves are planned side by side"
 
 
+def test_rows_beyond_the_budget_have_buffers_that_hold_all_their_pages():
+    """Two groups; 4 pages of budget, 9 at most: full rows are planned beside those that choose."""
+    planner = attention()
+    choosing, full = planner.plan_lanes([64, 64], 0), planner.plan_lanes([16 * 9, 16 * 8], 0)
+    assert full is not choosing
+    assert (choosing.lists.indices.numel(), full.lists.indices.numel()) == (4 * 4, 4 * 9)
+    assert full._wrapper.planned[-1][0].tolist() == [0, 9, 18, 26, 34]
+
+
 def test_dense_layers_list_the_pages_of_each_row():
     pages = torch.tensor([[5, 9, 2], [7, 99, 99], [99, 99, 99]], dtype=torch.int32)
     counts = torch.tensor([3, 1, 0], dtype=torch.int32)

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.runtime import attention, decode, prefix, streams
 from arkvale_sglang.runtime import cache as cache_module
-from arkvale_sglang.runtime import decode
 from support.engine import FakeEngine
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def no_host_reads(monkeypatch: pytest.MonkeyPatch):
         return call
 
     with monkeypatch.context() as patch, _Methods(ops), ops:
-        for module in (decode, cache_module):
+        for module in (decode, cache_module, attention, prefix, streams):
             for name, value in list(vars(module).items()):
                 is_function = isinstance(value, types.FunctionType)
                 if is_function and value.__module__.startswith("arkvale_kernels"):
@@ -118,7 +118,12 @@ def test_the_guard_catches_a_read(read, monkeypatch):
         read(numbers)
 
 
-def decode_once(fake: FakeEngine, rows: list[int], monkeypatch: pytest.MonkeyPatch):
+def decode_once(
+    fake: FakeEngine,
+    rows: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[ArkValeConfig] | None = None,
+):
     """One decode step of all managed layers under the guard."""
     for row in rows:
         fake._grow(row, 1)
@@ -127,7 +132,7 @@ def decode_once(fake: FakeEngine, rows: list[int], monkeypatch: pytest.MonkeyPat
     inputs = [torch.randn(len(rows), count, fake.geometry.head_dim) for count in heads]
     tables = torch.tensor(rows), torch.tensor(lengths)
     with no_host_reads(monkeypatch):
-        step = decode.plan_decode(fake.cache, fake.slots, *tables, lengths)
+        step = decode.plan_decode(fake.cache, fake.slots, *tables, lengths, settings)
         for layer in range(fake.geometry.managed_layers):
             decode.decode_managed(fake.cache, layer, step, *inputs, fake.scaling)
     return step
@@ -163,3 +168,16 @@ def test_a_decode_step_reads_nothing(
         seen.append(bool((step.offsets == config.page_size - 1).any()))
     assert any(seen) and not all(seen), "pages were sealed and opened on the way"
     assert fake.cache.store.violations() == []
+
+
+@pytest.mark.parametrize("frames", [90, 14], ids=["calm", "pressed"])
+def test_a_step_of_rows_that_are_full_reads_nothing(frames, monkeypatch):
+    config = ArkValeConfig(page_size=16, budget=16 * 6, dense_layers=0, head_groups=2)
+    fake = FakeEngine(config, pages=90, frames=frames, layers=2)
+    settings = [config.for_request({"policy": "full"})] * 2 + [config]
+    rows = [fake.add_row() for _ in settings]
+    for row, tokens in zip(rows, [200, 300, 190], strict=True):
+        fake.extend({row: tokens}, [settings[row]])
+    for _ in range(3):
+        step = decode_once(fake, rows, monkeypatch, settings)
+        assert [wave.sequences is not None for wave in step.waves] == [frames < 90, False]

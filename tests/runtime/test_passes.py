@@ -203,9 +203,9 @@ def test_low_precision_error_stays_within_a_few_roundings(dtype):
 
 def test_prefix_blocks_are_read_in_the_order_that_layers_take_them(monkeypatch):
     """Three blocks a layer: each read once, and again if a layer asks out of turn."""
-    from arkvale_sglang.runtime import prefill, streams
+    from arkvale_sglang.runtime import prefix, streams
 
-    monkeypatch.setattr(prefill, "STAGING_TOKENS", 64)
+    monkeypatch.setattr(prefix, "STAGING_TOKENS", 64)
     reads = []
     gather = streams.gather_pages
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.runtime import prefix
 from arkvale_sglang.runtime.dropping import OBSERVED_TOKENS
 from support import oracle
 from support.engine import FakeEngine, Step
@@ -146,6 +147,55 @@ def test_rows_of_one_batch_keep_their_own_budgets(frames):
         fake.check()
     for step in fake.steps:
         assert len(set(step.chosen)) == budgets[rows.index(step.row)]
+
+
+@pytest.mark.parametrize(
+    "frames, groups, staged",
+    [(200, 2, 8192), (40, 1, 64), (40, 2, 8192), (32, 2, 64)],
+    ids=["roomy", "blocks", "groups", "turns"],
+)
+def test_a_full_row_attends_to_everything_beside_rows_that_choose(
+    frames, groups, staged, monkeypatch
+):
+    """With 40 or 32 frames a full row of 41 pages alone exceeds all there are, and the others
+    evict, recall and take turns beside it."""
+    monkeypatch.setattr(prefix, "STAGING_TOKENS", staged)
+    fake = engine(groups, pages=200, frames=frames)
+    full = fake.config.for_request({"policy": "full"})
+    rules = [full, own(fake, "recall", 8), fake.config, full, own(fake, "streaming", 12), full]
+    rows = [fake.add_row() for _ in rules]
+    prompts = [41 * PAGE, 30 * PAGE + 5, 26 * PAGE - 2, 33 * PAGE - 1, 20 * PAGE, 3]
+    for row, tokens, rule in zip(rows, prompts, rules, strict=True):
+        assert fake.extend({row: tokens}, [rule]) < 1e-4
+    for _ in range(5):
+        assert fake.decode(rows, rules) < 1e-4
+    fake.check()
+    budgets = dict(zip(rows, [None, 8, 24, None, 12, None], strict=True))
+    for step in fake.steps:
+        pages = max(step.chosen) + 1
+        assert len(set(step.chosen)) == (budgets[step.row] or pages)
+    report = fake.cache.report()
+    assert report["pages_refused"] == 0
+    assert (report["pages_recalled"] > 0) == (frames < 200)
+    full_tokens = sum(prompts[row] for row in (0, 3, 5))
+    assert report["tokens_streamed"] == (5 * full_tokens + 3 * 10 if frames < 200 else 0)
+
+
+def test_a_full_row_takes_no_frames_from_others_but_for_its_open_page():
+    fake = engine(groups=1, frames=40)
+    full = fake.config.for_request({"policy": "full"})
+    first = fake.add_row()
+    fake.extend({first: 24 * PAGE + 3})
+    held = fake._residents(0, [first])[0, 0]
+    second = fake.add_row()
+    fake.extend({second: 50 * PAGE + 5}, [full])
+    assert fake._residents(0, [first])[0, 0] == held
+    assert len(fake._residents(0, [second])[0, 0]) == 40 - len(held)
+    before = fake.cache.report()["pages_evicted"]
+    for _ in range(PAGE - 6):
+        fake.decode([second], [full])
+    assert fake.cache.report()["pages_evicted"] == before
+    assert fake._residents(0, [first])[0, 0] == held
 
 
 def test_equal_rows_share_a_wave_and_the_servers_own_settings_cost_none():

@@ -268,7 +268,7 @@ class FakeEngine:
     def _decode_managed(self, managed, step, query, k, v, rows):
         """Run the layer and read off which pages each lane row attended to."""
         attended = []
-        original = decode.attend_frames
+        original, whole = decode.attend_frames, decode.attend_whole
 
         def spy(query, k_frames, v_frames, lane_frames, lengths, **options):
             page_in = self.cache.store.managed[managed].residency.page_in
@@ -277,11 +277,17 @@ class FakeEngine:
                 attended.append([page % self.cache.store.page_stride for page in held])
             return original(query, k_frames, v_frames, lane_frames, lengths, **options)
 
-        decode.attend_frames = spy
+        def spy_whole(cache, index, sequences, *rest):
+            for sequence in sequences:
+                pages = self.rows[rows[sequence.tokens.start]].pages
+                attended.extend([pages] * self.geometry.groups)
+            return whole(cache, index, sequences, *rest)
+
+        decode.attend_frames, decode.attend_whole = spy, spy_whole
         try:
             out = decode.decode_managed(self.cache, managed, step, query, k, v, self.scaling)
         finally:
-            decode.attend_frames = original
+            decode.attend_frames, decode.attend_whole = original, whole
         chosen = {}
         for lane_row, pages in enumerate(attended):
             index, group = divmod(lane_row, self.geometry.groups)

@@ -29,12 +29,21 @@ def generate(
 
 
 def generate_together(
-    server: Server, prompts: list[list[int]], new: int, prompt_logprobs: bool = False
+    server: Server,
+    prompts: list[list[int]],
+    new: int,
+    prompt_logprobs: bool = False,
+    wishes: list[dict[str, Any] | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The same for several requests, sent as one so that they run side by side."""
+    """The same for several requests, sent as one so that they run side by side; ``wishes`` are what
+    each asks of the policy."""
+    sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
     body = {
         "input_ids": prompts,
-        "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
+        "sampling_params": [
+            sampling if wish is None else {**sampling, "custom_params": {"arkvale": wish}}
+            for wish in wishes or [None] * len(prompts)
+        ],
         "return_logprob": True,
         **({"logprob_start_len": 0} if prompt_logprobs else {}),
     }
