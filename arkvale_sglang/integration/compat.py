@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-SUPPORTED = ("0.5.17", "0.5.23")
-"""Oldest and newest release the hooks were checked against."""
+SUPPORTED = ("0.5.17", "0.5.18", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
+"""Releases that the suite runs on, oldest first."""
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"

@@ -21,8 +21,8 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
 
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
-from arkvale_sglang.core.sizing import Memory, PoolPlan, plan_pool
-from arkvale_sglang.integration import compat, flags, model_check, requests
+from arkvale_sglang.core.sizing import PoolPlan, plan_pool
+from arkvale_sglang.integration import compat, flags, model_check, ranks, requests
 from arkvale_sglang.integration.backend import ArkValeBackend, choose_attention
 from arkvale_sglang.integration.pool import ArkValeKVPool, allocator_class, expected_tokens
 from arkvale_sglang.policy.admission import FrameAdmission
@@ -97,13 +97,10 @@ class Configurator(pool_configurator.MemoryPoolConfigurator):
         model, layers = kvc.model_config, kvc.layer_info.num_effective_layers
         with _one_sentence():
             model_check.check_kv_dtype(model.dtype, kvc.kv_cache_dtype)
-        geometry = model_check.geometry_of(wiring.config, model, layers, 1, kvc.kv_cache_dtype)
-        memory = Memory(
-            device=wiring.available_bytes,
-            host_free=wiring.host_free,
-            shared=kvc.device == "cpu",
-        )
-        with _one_sentence():
+            geometry = model_check.geometry_of(
+                wiring.config, model, layers, ranks.count(), kvc.kv_cache_dtype
+            )
+            memory = ranks.agree(wiring.available_bytes, wiring.host_free, kvc.device == "cpu")
             wiring.plan = plan_pool(wiring.config, geometry, memory, max_tokens)
         return pool_configurator.MemoryPoolConfig(max_total_num_tokens=wiring.plan.logical_tokens)
 
@@ -133,21 +130,22 @@ class Wiring:
         self, original: Callable[..., Any], kvc: Any, *, max_total_num_tokens: int, **kwargs: Any
     ) -> ArkValeKVPool:
         """Build the cache where SGLang would build its pool."""
-        model, layers = kvc.model_config, kvc.layer_info
-        self.pool = ArkValeKVPool(
-            max_total_num_tokens,
-            page_size=self.config.page_size,
-            dtype=kvc.kv_cache_dtype,
-            head_num=model.get_num_kv_heads(1),
-            head_dim=model.head_dim,
-            layer_num=layers.num_effective_layers,
-            device=kvc.device,
-            enable_memory_saver=False,
-            start_layer=layers.start_layer,
-            end_layer=layers.end_layer,
-            plan=self.plan,
-            config=self.config,
-        )
+        geometry, layers = self.plan.geometry, kvc.layer_info
+        with _one_sentence():
+            self.pool = ArkValeKVPool(
+                max_total_num_tokens,
+                page_size=self.config.page_size,
+                dtype=kvc.kv_cache_dtype,
+                head_num=geometry.kv_heads,
+                head_dim=geometry.head_dim,
+                layer_num=layers.num_effective_layers,
+                device=kvc.device,
+                enable_memory_saver=False,
+                start_layer=layers.start_layer,
+                end_layer=layers.end_layer,
+                plan=self.plan,
+                config=self.config,
+            )
         return self.pool
 
     def build_allocator(
