@@ -70,12 +70,19 @@ def version() -> str:
     return importlib.metadata.version("sglang")
 
 
+def hook_points() -> dict[str, HookPoint]:
+    """Every hook point by its name here, in the order of a server's life."""
+    return {name: value for name, value in globals().items() if isinstance(value, HookPoint)}
+
+
 def problem(point: HookPoint) -> str | None:
     """Why a hook point cannot be used, or ``None``; an optional one may be absent."""
     try:
         function = pkgutil.resolve_name(point.target)
     except (ImportError, AttributeError):
         return None if point.optional else f"{point.target} does not exist"
+    except Exception as error:  # of a module that breaks while it is imported
+        return f"{point.target} cannot be imported ({type(error).__name__}: {error})"
     parameters = inspect.signature(function).parameters
     missing = [name for name in point.parameters if name not in parameters]
     return f"{point.target} has no parameter {missing[0]!r}" if missing else None

@@ -76,9 +76,7 @@ def test_ranks_that_measure_different_memory_plan_the_same(device, tmp_path):
 
 
 def test_one_rank_keeps_what_it_measured(monkeypatch):
-    monkeypatch.setattr(
-        ranks.parallel_state, "get_tp_group", lambda: SimpleNamespace(world_size=1)
-    )
+    monkeypatch.setattr(ranks.parallel_state, "get_tp_group", lambda: SimpleNamespace(world_size=1))
     assert ranks.agree(5, 7, True) == Memory(5, 7, True)
 
 
