@@ -1,4 +1,4 @@
-"""Whether the policy can run on this machine, and what to do where it cannot: ``arkvale doctor``."""
+"""Whether the policy can run here, and what to do where it cannot: ``arkvale doctor``."""
 
 from __future__ import annotations
 

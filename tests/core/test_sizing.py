@@ -149,7 +149,7 @@ def test_a_rank_has_its_share_of_the_heads_or_a_copy_of_one(ranks, heads):
         PageGeometry.of, config(), layers=4, kv_heads=4, head_dim=64, dtype=torch.bfloat16
     )
     assert shape(ranks=ranks).kv_heads == heads
-    with pytest.raises(ArkValeError, match="--tp-size 3 .* a divisor or a multiple of 4"):
+    with pytest.raises(ArkValeError, match=r"--tp-size 3 .* a divisor or a multiple of 4"):
         shape(ranks=3)
 
 

@@ -135,7 +135,7 @@ def test_it_knows_the_entry_points_that_the_package_registers():
     listed = {
         group: next(iter(points.items())) for group, points in project["entry-points"].items()
     }
-    assert engine.ENTRY_POINTS == listed
+    assert listed == engine.ENTRY_POINTS
 
 
 @on_cpu
@@ -162,7 +162,7 @@ def test_variables_that_keep_the_plugins_out(ask, monkeypatch, variable, value, 
 
 def test_a_package_that_is_not_installed_is_a_problem(ask, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
-    code, checks, error = ask()
+    code, checks, _ = ask()
     assert code == 1 and "pip install ." in checks["arkvale in sglang.srt.plugins"]["remedy"]
 
 
