@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,13 @@ def expected(tiny, serve):
 def test_policy_equals_stock_on_another_release(release, tiny, serve, expected):
     python = ROOT / f".venv-{release}/bin/python"
     assert python.exists(), f"run: python3 setup_env.py --release {release}"
+    doctor = subprocess.Popen(  # meanwhile
+        [python, "-m", "arkvale_sglang.cli.main", "doctor", "--json"], stdout=subprocess.PIPE
+    )
     server = serve(tiny("llama", dtype="float32"), *POLICY, python=str(python))
+    answer = json.loads(doctor.communicate(timeout=170)[0])
+    checks = {check["name"]: check for check in answer["checks"]}
+    assert answer["can_run"] and checks["sglang"]["found"] == release
     assert server.get("/server_info")["version"] == release
     assert tokens_of(server) == expected
     report = wait_idle(server)
