@@ -35,12 +35,15 @@ RUN_BY = {
     "pip install .": "the set-up of every run installs the package by its own metadata",
     "python -m sglang.launch_server": "every test of tests/e2e",
     "arkvale report": "test_serve_prints_a_curl_line_that_works",
+    "arkvale doctor": "tests/tools/test_doctor.py",
+    "python -m sglang_router.launch_router": "tests/e2e/test_tensor_parallel.py",
+    "pip install sglang-router": "the set-up of every run, by requirements/dev.txt",
 }
 
 
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("design", "performance", "planning", "quality")),
+    *(f"docs/{name}.md" for name in ("design", "operating", "performance", "planning", "quality")),
 )
 
 

@@ -1,19 +1,30 @@
 """Two ranks on a CPU: the same tokens as one, the sizes that were planned, ends that are clean.
 
 Head groups are those of a rank, so two ranks of one group choose as one rank of two groups does.
+The two servers also stand behind SGLang's router, as replicas would.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.util
+import json
+import random
+import string
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from arkvale_sglang.cli.launch import ServerFailed
+from arkvale_sglang.cli.launch import ServerFailed, free_port
 from arkvale_sglang.cli.plan import Load, Machine, Model, expect
 from arkvale_sglang.config.settings import ArkValeConfig
 from support.serving import generate, generate_together, prompt, wait_idle
@@ -122,6 +133,80 @@ def test_ranks_hold_equal_shares_of_what_was_planned(model, one_rank, two_ranks)
         if " TP0] arkvale: " in line or " TP1] arkvale: " in line
     ]
     assert len(lines) == 2 and lines[0] == lines[1]
+
+
+@pytest.fixture
+def router(one_rank, two_ranks, tmp_path):
+    """The address of SGLang's router before both servers, as docs/operating.md starts it."""
+    port, log = free_port(), tmp_path / "router.log"
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sglang_router.launch_router", "--policy", "cache_aware",
+             "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port()),
+             "--worker-urls", one_rank.url, two_ranks.url],
+            stdout=out, stderr=out,
+        )  # fmt: skip
+    try:
+        deadline, known = time.monotonic() + 90, 0
+        while known < 2:
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/workers") as answer:
+                known = json.load(answer)["total"]
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(url: str, path: str, body: dict) -> tuple[int, str]:
+    """Status and text of a POST."""
+    request = urllib.request.Request(
+        f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sglang_router"), reason="sglang-router is absent")
+def test_the_router_sends_what_shares_a_document_to_the_replica_that_has_it(
+    one_rank, two_ranks, request
+):
+    """Six documents, asked about at once and then again: each is digested by one server, once."""
+    router = request.getfixturevalue("router")
+
+    def sealed() -> list[int]:
+        return [server.arkvale()["pages_sealed"] for server in (one_rank, two_ranks)]
+
+    def complete(document: str, new: int, **more: object) -> tuple[int, str]:
+        body = {"model": "tiny", "prompt": document, "max_tokens": new, "temperature": 0}
+        return ask(router, "/v1/completions", {**body, "ignore_eos": True, **more})
+
+    rng = random.Random(17)
+    documents = ["".join(rng.choices(string.ascii_lowercase, k=650)) for _ in range(6)]
+    before = sealed()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        codes = [code for code, _ in pool.map(lambda text: complete(text, 64), documents)]
+        first = sealed()
+        again = [f"{text}? {number}" for number in range(3) for text in documents]
+        codes += [code for code, _ in pool.map(lambda text: complete(text, 4), again)]
+    assert codes == [200] * 24
+    added = [after - start for after, start in zip(first, before, strict=True)]
+    assert sum(added) == 6 * ((650 + 63) // 32) and min(added) > 0, "both took part"
+    assert sealed() == first, "a document was digested twice"
+
+    too_much = {"custom_params": {"arkvale": {"budget": 10**6}}}
+    code, text = complete(documents[0], 4, **too_much)
+    assert code == 400 and "ask for no more." in text
+    code, _ = complete(documents[0], 4, custom_params={"arkvale": {"budget": 192}})
+    assert code == 200
+    # What docs/operating.md warns of: elsewhere this router drops fields that it does not know.
+    code, _ = ask(router, "/generate", {"text": "a", "sampling_params": too_much})
+    assert code == 200
 
 
 def test_a_law_broken_on_one_rank_ends_the_server(two_ranks, faults):
