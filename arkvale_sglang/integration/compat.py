@@ -43,6 +43,10 @@ BUILD_PLATFORM_POOL = HookPoint(  # until 0.5.21; later releases build every poo
 BUILD_ALLOCATOR = HookPoint(
     f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", ("sizes", "token_to_kv_pool")
 )
+PAD_HEADS = HookPoint(
+    "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
+    ("model_config", "load_config", "tp_size"),
+)
 ALLOCATE_POOLS = HookPoint(f"{_RUNNER}.alloc_memory_pool")
 INIT_BACKENDS = HookPoint(f"{_RUNNER}.init_attention_backends")
 ADD_REQUEST = HookPoint("sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", ("req",))

@@ -19,7 +19,6 @@ from arkvale_sglang.integration import compat
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 """Nothing to do; worth knowing; keeps the policy from running."""
-DISTRIBUTION = "arkvale-sglang"
 ENTRY_POINTS = {
     "sglang.srt.plugins": ("arkvale", "arkvale_sglang.integration.plugin:register"),
     "sglang.srt.platforms": ("arkvale_cpu", "arkvale_sglang.integration.cpu_platform:activate"),
@@ -43,8 +42,9 @@ def release() -> Check:
     try:
         version = compat.version()
     except importlib.metadata.PackageNotFoundError:
+        newest = compat.SUPPORTED[-1]
         return Check(
-            "sglang", PROBLEM, "not installed", f"Install it: pip install sglang=={_newest()}."
+            "sglang", PROBLEM, "not installed", f"Install it: pip install sglang=={newest}."
         )
     try:
         with _quietly():
@@ -125,10 +125,6 @@ def platform() -> Check:
             "The policy was not tried on it; CUDA and a plain CPU are what it knows.",
         )  # fmt: skip
     return Check("platform", OK, "plain CPU, by torch operators")
-
-
-def _newest() -> str:
-    return compat.SUPPORTED[-1]
 
 
 def _told(error: BaseException) -> str:

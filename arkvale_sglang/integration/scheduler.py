@@ -34,6 +34,7 @@ def install(config: ArkValeConfig, hook: compat.Hook) -> None:
     """Register every hook of the scheduler process with ``hook(point, kind, function)``."""
     wiring = Wiring(config)
     around, after = HookType.AROUND, HookType.AFTER
+    hook(compat.PAD_HEADS, around, _heads_as_they_are)
     hook(compat.POOL_CONFIGURATOR, around, wiring.create_configurator)
     hook(compat.MAX_REQUESTS, around, wiring.max_requests)
     hook(compat.BUILD_POOL, around, wiring.build_pool)
@@ -67,6 +68,16 @@ def _one_sentence() -> Iterator[None]:
         if server is not None and server.pid is not None:
             os.kill(server.pid, signal.SIGQUIT)
         raise SystemExit(1) from None
+
+
+def _heads_as_they_are(
+    original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int
+) -> Any:
+    """Where ranks outnumber KV heads, a plain CPU gives each a copy, as a GPU does; SGLang would
+    pad the heads, which only its own CPU kernels can load."""
+    if current_platform.is_out_of_tree() and model_config.get_num_kv_heads(1) % tp_size:
+        return model_config
+    return original(model_config, load_config, tp_size)
 
 
 def _no_fused_kv_write(forward_batch: Any) -> bool:

@@ -27,7 +27,7 @@ import torch
 from arkvale_sglang.cli.launch import ServerFailed, free_port
 from arkvale_sglang.cli.plan import Load, Machine, Model, expect
 from arkvale_sglang.config.settings import ArkValeConfig
-from support.serving import generate, generate_together, prompt, wait_idle
+from support.serving import TWO_RANKS, generate, generate_together, prompt, wait_idle
 
 SIZES = {"budget": 256, "device_tokens": 512, "host_memory": 0.25, "dense_layers": 1}
 POLICY = (
@@ -35,8 +35,7 @@ POLICY = (
     "--chunked-prefill-size", "256",
     *(f"--arkvale-{name.replace('_', '-')}={value}" for name, value in SIZES.items()),
 )  # fmt: skip
-TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
-WITHIN = [prompt(length, 700 + length) for length in (30, 150, 220)]
+WITHIN = [prompt(length, 700 + length) for length in (30, 90, 150)]
 BEYOND = [prompt(length, 700 + length) for length in (400, 333, 900)]
 FAULTS = '''
 """A plugin beside ours: one rank refuses at the start, or breaks a law once a file appears."""
