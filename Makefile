@@ -32,8 +32,7 @@ lint: setup
 	@$(RUN) -m mypy
 
 test: setup lint
-	@$(PYTHON) setup_env.py --release 0.5.17
-	@$(PYTHON) setup_env.py --release 0.5.23
+	@$(PYTHON) setup_env.py --release all
 	@log=$$(mktemp); \
 	$(RUN) -m pytest $(KERNEL_TESTS) >$$log 2>&1 & kernels=$$!; \
 	$(RUN) -m pytest $(OTHER_TESTS); others=$$?; \

@@ -2,6 +2,7 @@
 
     python3 setup_env.py                    .venv with SGLang, for CUDA if a GPU is there, else CPU
     python3 setup_env.py --release 0.5.17   .venv-0.5.17: another SGLang over the libraries of .venv
+    python3 setup_env.py --release all      one of these for every requirements/sglang-*.txt
 
 An environment that is complete and up to date is left alone, so a second run takes no time.
 """
@@ -81,16 +82,30 @@ def overlay(path: Path) -> None:
         shutil.copy(finder, site / finder.name)
 
 
+def releases() -> list[str]:
+    """Every other release that there are requirements for."""
+    return sorted(path.stem.removeprefix("sglang-") for path in REQUIREMENTS.glob("sglang-*.txt"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--release", help="another SGLang release, over the libraries of .venv")
-    release = parser.parse_args().release
+    parser.add_argument(
+        "--release",
+        choices=(*releases(), "all"),
+        help="another SGLang release, over the libraries of .venv",
+    )
+    named = parser.parse_args().release
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything is checked
         print("error: Python 3.11 or newer is needed; point PYTHON at one.", file=sys.stderr)
         return 2
     gpu = has_gpu()
+    return max(prepare(release, gpu) for release in (releases() if named == "all" else [named]))
+
+
+def prepare(release: str | None, gpu: bool) -> int:
+    """Make one environment, if it is not ready; returns the exit status."""
     path = ROOT / (".venv" if release is None else f".venv-{release}")
     stamp, wanted = path / ".ready", fingerprint(release, gpu)
     if stamp.exists() and stamp.read_text() == wanted:
@@ -99,7 +114,8 @@ def main() -> int:
     begin = time.monotonic()
     print(f"setting up {path.name} ({'CUDA' if gpu else 'CPU'} profile)", flush=True)
     if not (path / "bin/python").exists():
-        venv.create(path, with_pip=True, clear=path.exists())
+        # An overlay has the pip of .venv.
+        venv.create(path, with_pip=release is None, clear=path.exists())
     if release is not None:
         overlay(path)
     todo = steps(release, gpu)

@@ -8,6 +8,7 @@ Nothing is measured and nothing is fetched: shapes and data sheets stand below.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def lines(context: int) -> list[list[str]]:
     """A row for every case; what does not fit says so."""
     found = []
     for model_name, machine_name, weights, tp in CASES:
-        model, machine = MODELS[model_name], MACHINES[machine_name]
+        model, device = MODELS[model_name], MACHINES[machine_name]
+        machine = dataclasses.replace(device, host_memory=tp * device.host_memory)
         config = ArkValeConfig(host_memory=machine.host_memory, digest_dtype="fp8")
         where = [model_name, f"{tp} x {machine_name}" if tp > 1 else machine_name, weights]
         weight_bytes = int(model.parameters * BYTES[weights]) // tp

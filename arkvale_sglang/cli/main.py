@@ -1,4 +1,5 @@
-"""The ``arkvale`` command: look at a running server, or compute what one would do."""
+"""The ``arkvale`` command: look at a running server, compute what one would do, or find out
+whether one can run here."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import sys
 import urllib.request
 
-from arkvale_sglang.cli import plan, report
+from arkvale_sglang.cli import doctor, plan, report
 from arkvale_sglang.config.settings import ArkValeError
 
 
@@ -26,13 +27,14 @@ def _report(options: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """``arkvale report URL`` and ``arkvale plan CONFIG ...``."""
+    """``arkvale report URL``, ``arkvale plan CONFIG ...`` and ``arkvale doctor``."""
     parser = argparse.ArgumentParser(prog="arkvale", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     counters = commands.add_parser("report", help="print the counters of a running server")
     counters.add_argument("url", help="for example http://127.0.0.1:30000")
     counters.set_defaults(run=_report)
     plan.add_parser(commands)
+    doctor.add_parser(commands)
     options = parser.parse_args()
     try:
         print(options.run(options))

@@ -79,25 +79,29 @@ class Model:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.layers * (attention + 3 * self.hidden * self.intermediate) + embeddings
 
-    def geometry(self, config: ArkValeConfig, tp_size: int) -> PageGeometry:
+    def geometry(self, config: ArkValeConfig, ranks: int) -> PageGeometry:
         """Of one rank."""
         return PageGeometry.of(
             config,
             layers=self.layers,
-            kv_heads=max(1, self.kv_heads // tp_size),
+            kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             dtype=self.dtype,
+            ranks=ranks,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One device of it, in GiB and GB/s."""
+    """In GiB and GB/s."""
 
     device_memory: float
+    """Of one device."""
     host_memory: float
+    """For the backups of all devices, which share it equally."""
     device_bandwidth: float
     link_bandwidth: float
+    """Of one device."""
     memory_share: float
     """Of the device's memory, for weights and cache together (SGLang's --mem-fraction-static)."""
 
@@ -149,7 +153,7 @@ def expect(
             f"{machine.device_memory:g} GiB for a cache; raise --tp or lower --weights."
         )
     host_free = int(machine.host_memory * GIB)
-    pool = plan_pool(config, geometry, Memory(device, host_free, shared=False))
+    pool = plan_pool(config, geometry, Memory(device, host_free, shared=False, ranks=tp))
     token_bytes = (geometry.page_host_bytes + geometry.page_dense_bytes) // config.page_size
     admission = FrameAdmission(config, pool)
     requests = min(
@@ -213,7 +217,7 @@ def flags(config: ArkValeConfig, expected: Expectation, machine: Machine, tp: in
         "--kv-policy arkvale",
         f"--page-size {config.page_size}",
         f"--mem-fraction-static {machine.memory_share:g}",
-        f"--arkvale-host-memory {pool.host_bytes / GIB:.6g}",
+        f"--arkvale-host-memory {tp * pool.host_bytes / GIB:.6g}",
         f"--arkvale-device-tokens {pool.frames * config.page_size}",
         f"--arkvale-budget {config.budget}",
     ]
@@ -236,7 +240,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--device-memory", type=float, required=True, help="GiB of one device")
     parser.add_argument(
-        "--host-memory", type=float, required=True, help="GiB for backups, per device"
+        "--host-memory", type=float, required=True, help="GiB for backups, of all devices"
     )
     parser.add_argument("--device-bandwidth", type=float, required=True, help="GB/s of its memory")
     parser.add_argument("--link-bandwidth", type=float, required=True, help="GB/s from the host")
@@ -245,7 +249,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--concurrency", type=int, default=1, help="requests in a step")
     parser.add_argument("--hit-rate", type=float, default=0.95, help="chosen pages on the device")
     parser.add_argument("--weights", choices=BYTES, help="default: the type in config.json")
-    parser.add_argument("--tp", type=int, default=1, help="devices that share the model")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share it, a device each")
     parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--budget", type=int, default=ArkValeConfig.budget)
     parser.add_argument("--top-k", type=int)
@@ -277,4 +281,5 @@ def run(options: argparse.Namespace) -> str:
     weight_bytes = int(model.parameters * each) // options.tp
     expected = expect(config, model, weight_bytes, machine, load, options.tp)
     table = "\n".join(f"  {name:40s} {value:>28s}" for name, value in lines(expected, config, load))
-    return f"{table}\n\n  {flags(config, expected, machine, options.tp)}"
+    head = f"  on each of {options.tp} ranks\n" if options.tp > 1 else ""
+    return f"{head}{table}\n\n  {flags(config, expected, machine, options.tp)}"

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from arkvale_sglang.config.settings import ArkValeConfig
+from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class PageGeometry:
     dense_layers: int
     """The first layers, unmanaged."""
     kv_heads: int
+    """On this rank."""
     head_dim: int
     groups: int
     """Lanes per managed layer."""
@@ -39,13 +40,27 @@ class PageGeometry:
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        ranks: int = 1,
     ) -> PageGeometry:
-        """What the settings make of a model's shape on one rank."""
+        """What the settings make of a model's shape on one rank.
+
+        Args:
+            kv_heads: of the whole model, shared by ``ranks`` of tensor parallelism; where there
+                are more ranks than heads, each head lives on several.
+
+        Raises:
+            ArkValeError: the heads cannot be shared evenly.
+        """
+        if kv_heads % ranks and ranks % kv_heads:
+            raise ArkValeError(
+                f"--tp-size {ranks} does not share the model's {kv_heads} KV heads evenly; choose "
+                f"a divisor or a multiple of {kv_heads}."
+            )
         return cls(
             page_size=config.page_size,
             layers=layers,
             dense_layers=config.dense_layers,
-            kv_heads=kv_heads,
+            kv_heads=max(1, kv_heads // ranks),
             head_dim=head_dim,
             groups=config.head_groups,
             dtype=dtype,

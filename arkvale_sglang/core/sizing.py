@@ -92,13 +92,16 @@ class PoolPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes the cache may use."""
+    """Bytes the cache of one rank may use; ranks of one server plan from equal numbers."""
 
     device: int
-    """What the engine would give its KV pool."""
+    """What the engine would give the KV pool of a rank."""
     host_free: int
+    """Of the whole machine."""
     shared: bool
     """Whether device and host are the same memory, as on a CPU."""
+    ranks: int = 1
+    """Ranks of tensor parallelism, each of which takes an equal share of the host memory."""
 
 
 def plan_pool(
@@ -133,17 +136,21 @@ def _logical_pages(
     config: ArkValeConfig, geometry: PageGeometry, memory: Memory, max_tokens: int | None
 ) -> int:
     """The tightest of what host, device and the engine's own cap allow, told apart if too tight."""
-    share = memory.device if memory.shared else memory.host_free
-    host = int(HOST_SHARE * share if config.host_memory is None else config.host_memory * GIB)
-    if config.host_memory is not None and host > memory.host_free:
+    if config.host_memory is not None:
+        host = int(config.host_memory * GIB) // memory.ranks
+    else:
+        share = memory.device if memory.shared else memory.host_free // memory.ranks
+        host = int(HOST_SHARE * share)
+    if config.host_memory is not None and config.host_memory * GIB > memory.host_free:
         raise ArkValeError(
             f"--arkvale-host-memory asks for {config.host_memory:g} GiB but this machine has "
             f"{memory.host_free / GIB:.1f} GiB free; lower it or free memory."
         )
     pages = host // geometry.page_host_bytes - 1
     if pages < 1:
+        where = f" on each of {memory.ranks} ranks" if memory.ranks > 1 else ""
         raise ArkValeError(
-            f"{host / GIB:.4f} GiB of host memory holds no page "
+            f"{host / GIB:.4f} GiB of host memory{where} holds no page "
             f"({geometry.page_host_bytes} bytes each); raise --arkvale-host-memory."
         )
     if config.host_memory is None:
@@ -177,7 +184,7 @@ def check_model(config: ArkValeConfig, geometry: PageGeometry) -> None:
     if geometry.kv_heads % config.head_groups:
         raise ArkValeError(
             f"--arkvale-head-groups {config.head_groups} does not divide the model's "
-            f"{geometry.kv_heads} KV heads; choose a divisor of {geometry.kv_heads}."
+            f"{geometry.kv_heads} KV heads per rank; choose a divisor of {geometry.kv_heads}."
         )
 
 

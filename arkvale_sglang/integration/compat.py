@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-SUPPORTED = ("0.5.17", "0.5.23")
-"""Oldest and newest release the hooks were checked against."""
+SUPPORTED = ("0.5.17", "0.5.18", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
+"""Releases that the suite runs on, oldest first."""
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -43,6 +43,10 @@ BUILD_PLATFORM_POOL = HookPoint(  # until 0.5.21; later releases build every poo
 )
 BUILD_ALLOCATOR = HookPoint(
     f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", ("sizes", "token_to_kv_pool")
+)
+PAD_HEADS = HookPoint(
+    "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
+    ("model_config", "load_config", "tp_size"),
 )
 ALLOCATE_POOLS = HookPoint(f"{_RUNNER}.alloc_memory_pool")
 INIT_BACKENDS = HookPoint(f"{_RUNNER}.init_attention_backends")
@@ -80,12 +84,19 @@ def version() -> str:
     return importlib.metadata.version("sglang")
 
 
+def hook_points() -> dict[str, HookPoint]:
+    """Every hook point by its name here, in the order of a server's life."""
+    return {name: value for name, value in globals().items() if isinstance(value, HookPoint)}
+
+
 def problem(point: HookPoint) -> str | None:
     """Why a hook point cannot be used, or ``None``; an optional one may be absent."""
     try:
         function = pkgutil.resolve_name(point.target)
     except (ImportError, AttributeError):
         return None if point.optional else f"{point.target} does not exist"
+    except Exception as error:  # of a module that breaks while it is imported
+        return f"{point.target} cannot be imported ({type(error).__name__}: {error})"
     parameters = inspect.signature(function).parameters
     missing = [name for name in point.parameters if name not in parameters]
     return f"{point.target} has no parameter {missing[0]!r}" if missing else None

@@ -60,7 +60,10 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     (
         "head_groups",
-        {"type": int, "help": "groups of KV heads per layer that choose their own pages"},
+        {
+            "type": int,
+            "help": "groups of KV heads per layer that choose their own pages, on each rank",
+        },
     ),
     (
         "head_reduce",
@@ -79,8 +82,8 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         "host_memory",
         {
             "type": float,
-            "help": "GiB of host memory for pages: sets the logical capacity "
-            "(default: half of what is free)",
+            "help": "GiB of host memory for pages, of the whole server: its ranks share it "
+            "equally; sets the logical capacity (default: half of what is free)",
         },
     ),
     (
@@ -117,7 +120,7 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("tp_size", lambda value: value > 1, "tensor parallelism (--tp-size)"),
+    ("nnodes", lambda value: value > 1, "several machines (--nnodes)"),
     ("pp_size", lambda value: value > 1, "pipeline parallelism (--pp-size)"),
     ("attn_cp_size", lambda value: value > 1, "context parallelism (--attn-cp-size)"),
     ("dcp_size", lambda value: value > 1, "decode context parallelism (--dcp-size)"),
@@ -159,7 +162,9 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 """SGLang features that own or move KV slots in ways the policy does not know yet, or whose
 processes would each take the host memory of the machine or miss the policy's settings."""
-_REMEDIES = {"dp_size": "run one server per replica behind SGLang's router"}
+_REMEDIES = dict.fromkeys(
+    ("dp_size", "nnodes"), "run one server per replica behind SGLang's router"
+)
 """What to do instead where it is more than turning the feature off."""
 
 

@@ -41,10 +41,11 @@ def check_before_start(config: ArkValeConfig, server_args: Any) -> None:
         raise _unsupported("an encoder")
     if server_args.kv_cache_dtype in ("bf16", "bfloat16"):
         check_kv_dtype(model.dtype, torch.bfloat16)
-    geometry = geometry_of(config, model, model.num_hidden_layers, 1, model.dtype)
+    ranks = server_args.tp_size
+    geometry = geometry_of(config, model, model.num_hidden_layers, ranks, model.dtype)
     host_free = psutil.virtual_memory().available
     # How much the device will hold is known once the weights are loaded, and checked then.
-    memory = Memory(device=UNKNOWN, host_free=host_free, shared=False)
+    memory = Memory(device=UNKNOWN, host_free=host_free, shared=False, ranks=ranks)
     plan_pool(config, geometry, memory, server_args.max_total_tokens)
 
 
@@ -92,15 +93,16 @@ def check_loaded(model: torch.nn.Module) -> None:
 
 
 def geometry_of(
-    config: ArkValeConfig, model: Any, layers: int, tp_size: int, dtype: torch.dtype
+    config: ArkValeConfig, model: Any, layers: int, ranks: int, dtype: torch.dtype
 ) -> PageGeometry:
-    """The page geometry of a model on one rank."""
+    """The page geometry of a model on one of so many ranks."""
     return PageGeometry.of(
         config,
         layers=layers,
-        kv_heads=model.get_num_kv_heads(tp_size),
+        kv_heads=model.get_num_kv_heads(1),
         head_dim=model.head_dim,
         dtype=dtype,
+        ranks=ranks,
     )
 
 

@@ -43,7 +43,8 @@ def _hook(point: compat.HookPoint, kind: HookType, function: Callable[..., Any])
     if reason is not None:
         raise SystemExit(
             f"arkvale: SGLang {compat.version()} is not supported because {reason}; install a "
-            f"release from {compat.SUPPORTED[0]} to {compat.SUPPORTED[1]}."
+            f"release from {compat.SUPPORTED[0]} to {compat.SUPPORTED[-1]}, or see what `arkvale "
+            "doctor` says."
         )
     if compat.exists(point):
         HookRegistry.register(point.target, function, kind)

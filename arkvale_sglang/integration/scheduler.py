@@ -21,8 +21,8 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
 
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
-from arkvale_sglang.core.sizing import Memory, PoolPlan, plan_pool
-from arkvale_sglang.integration import compat, flags, model_check, requests
+from arkvale_sglang.core.sizing import PoolPlan, plan_pool
+from arkvale_sglang.integration import compat, flags, model_check, ranks, requests
 from arkvale_sglang.integration.backend import ArkValeBackend, choose_attention
 from arkvale_sglang.integration.pool import (
     ArkValeKVPool,
@@ -39,6 +39,7 @@ def install(config: ArkValeConfig, hook: compat.Hook) -> None:
     """Register every hook of the scheduler process with ``hook(point, kind, function)``."""
     wiring = Wiring(config)
     around, after = HookType.AROUND, HookType.AFTER
+    hook(compat.PAD_HEADS, around, _heads_as_they_are)
     hook(compat.POOL_CONFIGURATOR, around, wiring.create_configurator)
     hook(compat.MAX_REQUESTS, around, wiring.max_requests)
     hook(compat.BUILD_POOL, around, wiring.build_pool)
@@ -74,6 +75,16 @@ def _one_sentence() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+def _heads_as_they_are(
+    original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int
+) -> Any:
+    """Where ranks outnumber KV heads, a plain CPU gives each a copy, as a GPU does; SGLang would
+    pad the heads, which only its own CPU kernels can load."""
+    if current_platform.is_out_of_tree() and model_config.get_num_kv_heads(1) % tp_size:
+        return model_config
+    return original(model_config, load_config, tp_size)
+
+
 def _no_fused_kv_write(forward_batch: Any) -> bool:
     """Models must not write K and V by slot themselves: slots are logical."""
     return False
@@ -102,13 +113,10 @@ class Configurator(pool_configurator.MemoryPoolConfigurator):
         model, layers = kvc.model_config, kvc.layer_info.num_effective_layers
         with _one_sentence():
             model_check.check_kv_dtype(model.dtype, kvc.kv_cache_dtype)
-        geometry = model_check.geometry_of(wiring.config, model, layers, 1, kvc.kv_cache_dtype)
-        memory = Memory(
-            device=wiring.available_bytes,
-            host_free=wiring.host_free,
-            shared=kvc.device == "cpu",
-        )
-        with _one_sentence():
+            geometry = model_check.geometry_of(
+                wiring.config, model, layers, ranks.count(), kvc.kv_cache_dtype
+            )
+            memory = ranks.agree(wiring.available_bytes, wiring.host_free, kvc.device == "cpu")
             wiring.plan = plan_pool(wiring.config, geometry, memory, max_tokens)
         return pool_configurator.MemoryPoolConfig(max_total_num_tokens=wiring.plan.logical_tokens)
 
@@ -138,21 +146,22 @@ class Wiring:
         self, original: Callable[..., Any], kvc: Any, *, max_total_num_tokens: int, **kwargs: Any
     ) -> ArkValeKVPool:
         """Build the cache where SGLang would build its pool."""
-        model, layers = kvc.model_config, kvc.layer_info
-        self.pool = ArkValeKVPool(
-            max_total_num_tokens,
-            page_size=self.config.page_size,
-            dtype=kvc.kv_cache_dtype,
-            head_num=model.get_num_kv_heads(1),
-            head_dim=model.head_dim,
-            layer_num=layers.num_effective_layers,
-            device=kvc.device,
-            enable_memory_saver=False,
-            start_layer=layers.start_layer,
-            end_layer=layers.end_layer,
-            plan=self.plan,
-            config=self.config,
-        )
+        geometry, layers = self.plan.geometry, kvc.layer_info
+        with _one_sentence():
+            self.pool = ArkValeKVPool(
+                max_total_num_tokens,
+                page_size=self.config.page_size,
+                dtype=kvc.kv_cache_dtype,
+                head_num=geometry.kv_heads,
+                head_dim=geometry.head_dim,
+                layer_num=layers.num_effective_layers,
+                device=kvc.device,
+                enable_memory_saver=False,
+                start_layer=layers.start_layer,
+                end_layer=layers.end_layer,
+                plan=self.plan,
+                config=self.config,
+            )
         return self.pool
 
     def build_allocator(

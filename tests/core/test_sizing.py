@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -121,6 +122,35 @@ def test_host_memory_sets_the_logical_pages_and_the_padding_page_is_paid_for():
     plan = plan_pool(config(host_memory=10 / 1024), geometry(), memory())
     assert plan.logical_pages == 10 * MIB // (48 * 1024) - 1
     assert plan.logical_tokens == plan.logical_pages * 16
+
+
+@pytest.mark.parametrize("host_memory", [10 / 1024, None], ids=["named", "half of what is free"])
+def test_ranks_share_the_host_memory_of_the_server(host_memory):
+    """Each has half of the heads, so pages of half the bytes, and as many of them as one rank."""
+    options, device = config(host_memory=host_memory), 64 * MIB
+    alone = plan_pool(options, geometry(), Memory(device, 30 * MIB, False))
+    each = plan_pool(options, geometry(kv_heads=2), Memory(device, 30 * MIB, False, ranks=2))
+    assert each.logical_pages == alone.logical_pages == (213 if host_memory else 320) - 1
+    assert 2 * each.host_bytes == alone.host_bytes
+
+
+def test_more_host_memory_than_is_free_is_refused_by_what_the_ranks_hold_together():
+    options = config(host_memory=30 / 1024)
+    message = refusal(options, geometry(), Memory(64 * MIB, 20 * MIB, False, ranks=2))
+    assert "--arkvale-host-memory asks for 0.0292969 GiB" in message
+    options = config(host_memory=150 / 1024**2)
+    message = refusal(options, geometry(), Memory(64 * MIB, GIB, False, ranks=2))
+    assert "0.0001 GiB of host memory on each of 2 ranks holds no page" in message
+
+
+@pytest.mark.parametrize(("ranks", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
+def test_a_rank_has_its_share_of_the_heads_or_a_copy_of_one(ranks, heads):
+    shape = functools.partial(
+        PageGeometry.of, config(), layers=4, kv_heads=4, head_dim=64, dtype=torch.bfloat16
+    )
+    assert shape(ranks=ranks).kv_heads == heads
+    with pytest.raises(ArkValeError, match=r"--tp-size 3 .* a divisor or a multiple of 4"):
+        shape(ranks=3)
 
 
 def test_max_total_tokens_caps_the_logical_pages():

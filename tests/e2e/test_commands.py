@@ -39,6 +39,9 @@ RUN_BY = {
     "python examples/fork.py": "test_an_example_against_a_server_prints_what_it_says",
     "python examples/engine.py": "test_the_engine_example_prints_what_it_says",
     "arkvale report": "test_serve_prints_a_curl_line_that_works",
+    "arkvale doctor": "tests/tools/test_doctor.py",
+    "python -m sglang_router.launch_router": "tests/e2e/test_tensor_parallel.py",
+    "pip install sglang-router": "the set-up of every run, by requirements/dev.txt",
 }
 
 

@@ -12,7 +12,7 @@ import urllib.error
 
 import pytest
 
-from support.serving import Ruler, generate, generate_together, prompt, wait_idle
+from support.serving import TWO_RANKS, Ruler, generate, generate_together, prompt, wait_idle
 
 SLACK = 4.0
 """Partial results merged by log-sum-exp round once more than one pass does, and the worst of a few
@@ -28,6 +28,8 @@ class Shape:
     head_dim: int
     flags: tuple[tuple[str, ...], ...]
     """One server for each of these."""
+    env: dict[str, str] | None = None
+    """Of these servers."""
 
 
 TIGHT = (
@@ -38,11 +40,13 @@ TIGHT = (
 PAGE_16 = (*TIGHT, "--page-size", "16", "--chunked-prefill-size", "48")
 PAGE_32 = (*TIGHT, "--chunked-prefill-size", "480", "--disable-overlap-schedule")
 GROUPS = (*TIGHT, "--arkvale-head-groups", "2", "--chunked-prefill-size", "320")
+RANKS = (*PAGE_32, "--tp", "2")
 ROOMY = ("--kv-policy", "arkvale", "--arkvale-budget", "16384", "--arkvale-host-memory", "0.25")
 
 SHAPES = [
     Shape("llama", 2, 64, (PAGE_16, GROUPS, ROOMY)),
-    Shape("qwen2", 1, 64, (PAGE_32,)),
+    # One KV head for two ranks: each has a copy.
+    Shape("qwen2", 1, 64, (RANKS,), TWO_RANKS),
     Shape("qwen3", 4, 128, (PAGE_16,)),
     Shape("mistral", 8, 64, (PAGE_32,)),
 ]
@@ -57,7 +61,7 @@ def sides(request, tiny, serve):
     shape = request.param
     model = tiny(shape.arch, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype="float32")
     stock = serve(model, "--kv-policy", "full", "--max-total-tokens", "16384")
-    servers = [serve(model, *flags) for flags in shape.flags]
+    servers = [serve(model, *flags, env=shape.env) for flags in shape.flags]
     yield Ruler(model), stock, servers
     for server in (stock, *servers):
         server.stop()

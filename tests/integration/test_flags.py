@@ -80,7 +80,7 @@ REFUSED = [
     (["--speculative-algorithm", "EAGLE"], "speculative decoding"),
     (["--enable-hierarchical-cache"], "HiCache"),
     (["--enable-lmcache"], "LMCache"),
-    (["--tp-size", "2"], "tensor parallelism"),
+    (["--tp-size", "2", "--nnodes", "2"], "several machines (--nnodes)"),
     (["--pp-size", "2"], "pipeline parallelism"),
     (["--kv-cache-dtype", "fp8_e5m2"], "quantised KV cache"),
     (["--disaggregation-mode", "prefill"], "disaggregation"),

@@ -31,14 +31,14 @@ FALCON_H1 = {
 }  # fmt: skip
 
 
-def check(folder, config: dict, *, dtype: str = "auto", kv: str = "auto") -> None:
+def check(folder, config: dict, *, dtype: str = "auto", kv: str = "auto", tp: int = 1) -> None:
     """ServerArgs itself refuses some of these on a CPU in 0.5.17, so only what is read is built."""
     (folder / "config.json").write_text(json.dumps(config))
     model = ModelConfig(str(folder), dtype=dtype)
     settings = ArkValeConfig(host_memory=0.001, dense_layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelConfig, "from_server_args", lambda args: model)
-        args = SimpleNamespace(kv_cache_dtype=kv, max_total_tokens=None)
+        args = SimpleNamespace(kv_cache_dtype=kv, max_total_tokens=None, tp_size=tp)
         model_check.check_before_start(settings, args)
 
 
@@ -98,9 +98,23 @@ def test_a_cache_of_another_type_than_the_model_is_refused(tmp_path):
     assert "bfloat16" in sentence(refusal) and "float16" in str(refusal.value)
 
 
+@pytest.mark.parametrize(("tp", "heads"), [(1, 2), (2, 1), (4, 1)])
+def test_ranks_share_the_kv_heads_or_have_copies_of_one(tp, heads, tmp_path):
+    check(tmp_path, LLAMA, tp=tp)
+    model = ModelConfig(str(tmp_path))
+    geometry = model_check.geometry_of(ArkValeConfig(), model, 4, tp, torch.bfloat16)
+    assert geometry.kv_heads == model.get_num_kv_heads(tp) == heads
+
+
+def test_kv_heads_that_ranks_cannot_share_are_refused(tmp_path):
+    with pytest.raises(ArkValeError, match=r"--tp-size 3 .* 2 KV heads evenly; choose a divisor"):
+        check(tmp_path, LLAMA, tp=3)
+
+
 def test_a_checkpoint_that_asks_for_an_fp8_cache_ends_the_server(monkeypatch, capsys):
     """Known once its weights are loaded, and refused when the cache is sized."""
     monkeypatch.setattr(scheduler.multiprocessing, "parent_process", lambda: None)
+    monkeypatch.setattr(scheduler.ranks, "count", lambda: 1)
     model = SimpleNamespace(dtype=torch.bfloat16)
     kvc = SimpleNamespace(
         model_config=model, layer_info=SimpleNamespace(num_effective_layers=4), device="cpu",

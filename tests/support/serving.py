@@ -13,6 +13,9 @@ import torch
 
 from arkvale_sglang.cli.launch import Server
 
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
+"""Environment of a server with ``--tp 2`` on a CPU: a core for each."""
+
 
 def prompt(tokens: int, seed: int) -> list[int]:
     """Random byte tokens, the same for the same seed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -76,9 +77,28 @@ def test_it_prints_sizes_and_the_flags_to_serve_with(monkeypatch, capsys):
     assert "--arkvale-dense-layers 0" in out and "--arkvale-top-k" not in out
 
 
+def test_ranks_share_the_heads_and_the_host_memory(monkeypatch, capsys):
+    """Two ranks of half the heads hold as many pages as one, each in half the bytes."""
+    words = (str(NEEDLE), *FLAGS, "--dense-layers", "0")
+    alone, both = (plan(monkeypatch, capsys, *words, *tp)[1] for tp in ((), ("--tp", "2")))
+    assert both.startswith("  on each of 2 ranks\n") and both.rstrip().endswith("--tp 2")
+
+    def value(text: str, name: str) -> str:
+        return next(line for line in text.splitlines() if line.startswith(f"  {name} ")).split()[-2]
+
+    assert value(alone, "logical pages") == value(both, "logical pages")
+    host = "host memory for backups"
+    assert float(value(alone, host)) == pytest.approx(64, abs=0.01)
+    assert float(value(both, host)) == pytest.approx(32, abs=0.01)
+    for text in (alone, both):
+        named = re.search(r"--arkvale-host-memory (\S+)", text)[1]
+        assert float(named) == pytest.approx(64, abs=0.01), "the flag is of the whole server"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ((str(NEEDLE), "--tp", "3"), "--tp-size 3 does not share the model's 2 KV heads"),
         (("nowhere",), "cannot be read as a model's config.json"),
         ((str(NEEDLE), "--budget", "32"), "--arkvale-budget 32 leaves no page"),
         ((str(NEEDLE), "--dense-layers", "3"), "leaves none of the model's 3 layers"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from arkvale_sglang.integration import compat
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +43,23 @@ def test_a_set_up_that_stops_midway_is_not_taken_for_a_complete_one(monkeypatch,
     monkeypatch.setattr(sys, "argv", ["setup_env.py"])
     assert setup.main() == int(failing)
     assert stamp.exists() != failing
+
+
+def test_every_other_release_that_the_suite_runs_on_can_be_set_up(monkeypatch):
+    """The default one is in .venv; all others are made in one go, and one that fails is told."""
+    setup = load("setup_env.py")
+    default = re.search(r"sglang==(\S+)", (ROOT / "requirements/cpu-engine.txt").read_text())[1]
+    assert setup.releases() == [release for release in compat.SUPPORTED if release != default]
+    for release in setup.releases():
+        listed = (ROOT / f"requirements/sglang-{release}.txt").read_text()
+        assert listed == f"sglang=={release}\n"
+    made = []
+    monkeypatch.setattr(
+        setup, "prepare", lambda release, gpu: made.append(release) or int(release == "0.5.18")
+    )
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--release", "all"])
+    assert setup.main() == 1
+    assert made == setup.releases()
 
 
 @pytest.mark.parametrize(
