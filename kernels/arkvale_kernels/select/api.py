@@ -13,10 +13,10 @@ from arkvale_kernels.select import reference
 COUNTED = ("forced_fills", "pages_withheld")
 """What :func:`select_pages` adds to its ``counts``, in order.
 
-A *forced fill* is an absent page outside the must pages that is listed, hence recalled, only because
-resident ones do not suffice to fill the list; under a recall cap there are none, since the list stays
-short.  A page is *withheld* if it is a must page, absent, and given up to the recall cap.  Both are
-counted in each row, as misses are, so a page that two rows want counts twice.
+A *forced fill* is an absent page outside the must pages that is listed, hence recalled, only
+because resident ones do not suffice to fill the list; under a recall cap there are none, since the
+list stays short.  A *withheld* page is an absent must page that was given up to the recall cap.
+Both are counted in each row, as misses are, so a page that two rows want counts twice.
 """
 
 
