@@ -82,7 +82,7 @@ def _share(value: float | None) -> str:
 
 
 def _bar(text: Text, counts: dict[str, int], width: int = BAR) -> Text:
-    """Parts of a whole as runs of their characters; no part that exists is left out."""
+    """Parts of a whole as runs of their characters."""
     whole, drawn, seen = max(1, sum(counts.values())), 0, 0
     for name, mark, style in PARTS:
         seen += counts[name]

@@ -35,7 +35,7 @@ OVERALL = {
 """Counters without a layer."""
 LAYER_LEVELS = {
     "frames_free": "Frames that hold no page.",
-    "frames_hot": "Frames whose page was used in one of the latest 16 passes or is being written.",
+    "frames_hot": "Frames whose page was used in one of the latest 4 passes or is being written.",
 }
 OVERALL_LEVELS = {
     "frames": "Frames of all lanes.",

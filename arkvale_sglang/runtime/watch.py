@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from arkvale_sglang.runtime.cache import PagedCache
     from arkvale_sglang.runtime.decode import DecodeStep
 
-HOT_PASSES = 16
+HOT_PASSES = 4
 """A frame is hot if its page was used in so many of the latest passes, or is being written."""
 STATES = ("absent", "resident", "attended", "recalled")
 """What a step did to a page in a lane, as ``uint8``; a recalled page was attended too."""
