@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from arkvale_sglang.cli import plan, plot, record, report, stream, top
 from arkvale_sglang.config.settings import ArkValeError
@@ -14,7 +15,7 @@ def _report(options: argparse.Namespace) -> str:
     return report.table(stream.server_state(options.url, options.api_key))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """``arkvale top``, ``record`` and ``report`` of a server, ``plot``, and ``plan``."""
     parser = argparse.ArgumentParser(prog="arkvale", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -23,7 +24,7 @@ def main() -> int:
     counters.set_defaults(run=_report)
     for command in (top, record, plot, plan):
         command.add_parser(commands)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         said = options.run(options)
         if said:

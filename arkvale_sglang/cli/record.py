@@ -120,7 +120,7 @@ def read(path: Path) -> Recording:
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error):
             found.broken += 1
     if not found.servers:
-        what = "is no recording" if found.broken else "is empty"
+        what = "is no recording" if any(lines) else "is empty"
         raise ArkValeError(f"{path} {what}; make one with: arkvale record URL FILE.")
     return found
 

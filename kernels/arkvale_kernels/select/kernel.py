@@ -114,18 +114,13 @@ def _select_pages(scores, lane_pages, page_counts, chosen, importance, counts, r
         if cap >= 0:
             recalled = everything
             if cap > 0:
-                best = _threshold(
-                    scores, start, stop, cap, leading, everything, False, "absent", BLOCK
-                )
+                best = _threshold(scores, start, stop, cap, leading, everything, False, "absent",
+                                  BLOCK)  # fmt: skip
                 recalled = tl.maximum(best, leading)
         taken = _count(scores, start, stop, leading, recalled, BLOCK)
         room = budget - sinks - window - taken
-        if cap >= 0:
-            filling = _threshold(
-                scores, start, stop, room, nothing, leading, True, "resident", BLOCK
-            )
-        else:
-            filling = _threshold(scores, start, stop, room, nothing, leading, True, "all", BLOCK)
+        filling = _threshold(scores, start, stop, room, nothing, leading, True,
+                             "all" if cap < 0 else "resident", BLOCK)  # fmt: skip
         if room == 0:
             filling = everything << 1  # out of reach
 
