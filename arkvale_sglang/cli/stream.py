@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import zmq
@@ -137,6 +139,19 @@ def _reachable(endpoint: str, url: str) -> str:
     return endpoint
 
 
-def interrupted() -> contextlib.suppress:
-    """Ctrl-C ends what runs inside, without a word."""
-    return contextlib.suppress(KeyboardInterrupt)
+@contextlib.contextmanager
+def interrupted() -> Iterator[None]:
+    """Ctrl-C, or a polite kill, ends what runs inside without a word."""
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if here else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)

@@ -112,7 +112,7 @@ def watched(tiny, serve, tmp_path_factory) -> Watched:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(0.5)
-    recorder.send_signal(2)
+    recorder.terminate()
     said = recorder.communicate(timeout=60)[0]
     assert recorder.returncode == 0, said
     over.set()
