@@ -58,7 +58,8 @@ def main() -> int:
         "starting; once the log says the server is ready, try\n\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
         f"'{BODY}'\n"
-        f"  curl {url}/server_info    # counters under internal_states[0].arkvale\n",
+        f"  curl {url}/server_info    # counters under internal_states[0].arkvale\n"
+        f"  .venv/bin/arkvale top {url}    # a live view of hit rates, frames and requests\n",
         flush=True,
     )
     command = [sys.executable, "-m", "sglang.launch_server", "--kv-policy", "arkvale", *flags]

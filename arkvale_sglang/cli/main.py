@@ -4,40 +4,32 @@ whether one can run here."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import urllib.request
+from collections.abc import Sequence
 
-from arkvale_sglang.cli import doctor, plan, report
+from arkvale_sglang.cli import doctor, plan, plot, record, report, stream, top
 from arkvale_sglang.config.settings import ArkValeError
 
 
 def _report(options: argparse.Namespace) -> str:
     """What the policy of a running server did so far."""
-    try:
-        with urllib.request.urlopen(f"{options.url.rstrip('/')}/server_info", timeout=30) as answer:
-            state = json.load(answer)["internal_states"][0]
-    except OSError as error:
-        raise ArkValeError(f"{options.url} does not answer ({error}); is the server up?") from None
-    if "arkvale" not in state:
-        raise ArkValeError(
-            f"{options.url} serves without the policy; start it with --kv-policy arkvale."
-        )
-    return report.table(state["arkvale"])
+    return report.table(stream.server_state(options.url, options.api_key))
 
 
-def main() -> int:
-    """``arkvale report URL``, ``arkvale plan CONFIG ...`` and ``arkvale doctor``."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``arkvale top``, ``record`` and ``report`` of a server, ``plot``, ``plan`` and ``doctor``."""
     parser = argparse.ArgumentParser(prog="arkvale", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     counters = commands.add_parser("report", help="print the counters of a running server")
-    counters.add_argument("url", help="for example http://127.0.0.1:30000")
+    stream.add_server(counters)
     counters.set_defaults(run=_report)
-    plan.add_parser(commands)
-    doctor.add_parser(commands)
-    options = parser.parse_args()
+    for command in (top, record, plot, plan, doctor):
+        command.add_parser(commands)
+    options = parser.parse_args(arguments)
     try:
-        print(options.run(options))
+        said = options.run(options)
+        if said:
+            print(said)
     except ArkValeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,8 @@ ROWS = (
     ("pages evicted", "pages_evicted"),
     ("page hits", "page_hits"),
     ("page misses", "page_misses"),
+    ("  forced to fill lists", "forced_fills"),
+    ("pages withheld by the cap", "pages_withheld"),
     ("hit rate", "hit_rate"),
     ("bytes backed up", "bytes_backed_up"),
     ("bytes recalled", "bytes_recalled"),

@@ -20,6 +20,7 @@ POLICIES = ("full", "arkvale")
 PER_REQUEST = ("policy", "budget", "top_k", "head_reduce", "selection")
 """Settings that a request may carry for itself."""
 DEFAULT_PAGE_SIZE = 32
+STREAM_OFF = "off"
 PAPER_TOP_K = 1280
 """Tokens' worth of guaranteed pages beyond which the paper found no gain (section 5.1)."""
 
@@ -71,6 +72,9 @@ class ArkValeConfig:
     that do not fit together attend in turns within a step, recalling what they lost."""
     attention: str | None = None
     """Who attends on a GPU; ``None`` takes FlashInfer where it is installed and knows the shape."""
+    stream: str | None = None
+    """ZMQ endpoint that what the cache does is published on, or ``off``; ``None`` takes a free
+    port of this machine alone.  Whoever reaches it can read it."""
     page_size: int = DEFAULT_PAGE_SIZE
     policy: str = "arkvale"
     """``full`` attends to everything whatever the budget; a request alone can set it, since a whole
@@ -115,6 +119,13 @@ class ArkValeConfig:
                 f"--arkvale-host-memory is {self.host_memory} GiB, which holds no pages",
                 "give it a positive number",
             )
+        if self.stream is not None and self.stream != STREAM_OFF:
+            scheme, _, address = self.stream.partition("://")
+            if scheme not in ("tcp", "ipc") or not address:
+                _refuse(
+                    f"--arkvale-stream {self.stream!r} is no endpoint",
+                    f"write tcp://ADDRESS:PORT, ipc://PATH or {STREAM_OFF}",
+                )
         least = (self.sink_pages + self.window_pages + 1) * self.page_size
         if self.budget < least:
             _refuse(

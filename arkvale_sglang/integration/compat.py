@@ -54,6 +54,11 @@ ADD_REQUEST = HookPoint("sglang.srt.managers.schedule_policy.PrefillAdder.add_on
 CHECK_DECODE_MEMORY = HookPoint(
     "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", ("selected_indices",)
 )
+INIT_METRICS = HookPoint(f"{_SCHEDULER}.init_metrics_collector")
+FORWARD = HookPoint(f"{_RUNNER}.forward", ("forward_batch",))
+ON_IDLE = HookPoint(f"{_SCHEDULER}.on_idle")
+DECODE_LOGGER = "sglang.srt.managers.scheduler_components.metrics_reporter"
+"""The logger of SGLang's decode line."""
 INTERNAL_STATE = HookPoint(f"{_SCHEDULER}.get_internal_state", ("recv_req",))
 CHECK_POOLS = HookPoint(
     "sglang.srt.managers.scheduler_components.invariant_checker."

@@ -111,6 +111,14 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
+        "stream",
+        {
+            "type": str,
+            "help": "ZMQ endpoint for `arkvale top` and `record`, or off (default: a free port of "
+            "this machine alone, told by /server_info)",
+        },
+    ),
+    (
         "check_invariants",
         {
             "action": "store_true",

@@ -30,6 +30,7 @@ from arkvale_sglang.integration.pool import (
     expected_tokens,
     tokens_of,
 )
+from arkvale_sglang.integration.watching import Watching
 from arkvale_sglang.policy.admission import FrameAdmission
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 def install(config: ArkValeConfig, hook: compat.Hook) -> None:
     """Register every hook of the scheduler process with ``hook(point, kind, function)``."""
     wiring = Wiring(config)
+    watching = wiring.watching
     around, after = HookType.AROUND, HookType.AFTER
     hook(compat.PAD_HEADS, around, _heads_as_they_are)
     hook(compat.POOL_CONFIGURATOR, around, wiring.create_configurator)
@@ -50,6 +52,9 @@ def install(config: ArkValeConfig, hook: compat.Hook) -> None:
     hook(compat.ADD_REQUEST, around, wiring.add_request)
     hook(compat.CHECK_DECODE_MEMORY, around, wiring.check_decode_memory)
     hook(compat.NEW_FORWARD_BATCH, around, requests.attach(config))
+    hook(compat.INIT_METRICS, after, watching.take_context)
+    hook(compat.FORWARD, after, watching.after_pass)
+    hook(compat.ON_IDLE, HookType.BEFORE, watching.before_idling)
     hook(compat.INTERNAL_STATE, after, wiring.internal_state)
     hook(compat.CHECK_POOLS, after, wiring.check_invariants)
     hook(compat.FUSED_KV_WRITE, HookType.REPLACE, _no_fused_kv_write)
@@ -131,6 +136,7 @@ class Wiring:
         self.plan: PoolPlan
         self.pool: ArkValeKVPool
         self.allocator: Any
+        self.watching = Watching(config)
 
     def create_configurator(self, original: Callable[..., Any], kvc: Any) -> Configurator:
         """Replace the sizing of SGLang's pool."""
@@ -203,13 +209,15 @@ class Wiring:
         logger.info("arkvale: %s", self.plan.describe())
 
     def check_backend(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
-        """The self-check, second half: attention goes through our backend."""
+        """The self-check, second half: attention goes through our backend.  Watching begins."""
         backend = runner.attn_backend
         if not isinstance(backend, ArkValeBackend):
             raise RuntimeError(
                 f"--kv-policy arkvale was asked for but attention runs on "
                 f"{type(backend).__name__}; remove other attention backend settings."
             )
+        with _one_sentence():
+            self.watching.start(self.pool.cache)
 
     def add_request(
         self, original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
@@ -243,7 +251,8 @@ class Wiring:
 
     def internal_state(self, result: Any, scheduler: Any, recv_req: Any) -> Any:
         """Show settings and counters under ``internal_states[0]["arkvale"]`` of /server_info."""
-        result.internal_state["arkvale"] = self.pool.cache.report()
+        report = {**self.pool.cache.report(), "stream": self.watching.endpoint}
+        result.internal_state["arkvale"] = report
         return result
 
     def check_invariants(self, result: tuple[bool, list[str]], *args: Any, **kwargs: Any) -> Any:

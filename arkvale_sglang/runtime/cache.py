@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from arkvale_sglang.runtime.attention import Attention
 from arkvale_sglang.runtime.counters import Counters
 from arkvale_sglang.runtime.dropping import Dropping
 from arkvale_sglang.runtime.streams import PrefixReader, TransferStream
+from arkvale_sglang.runtime.watch import Snapshots
 
 
 class PagedCache:
@@ -40,6 +42,7 @@ class PagedCache:
         self._clock_span = 1
         self.live_pages: Callable[[], int] = lambda: plan.logical_pages
         """Logical pages the engine has handed out; set by the engine's allocator."""
+        self.snapshots = Snapshots(self)
         self.pressed = False
         """Whether a page may lack a frame: more pages than frames were live since the last time
         none was.  While false, nothing is ever missing and steps skip looking."""
@@ -158,13 +161,15 @@ class PagedCache:
         return table.masked_fill_(starts >= lengths.unsqueeze(1), 0)
 
     def report(self) -> dict[str, object]:
-        """Settings, sizes and counters as plain values (reads the device).
+        """Settings, sizes and counters as plain values; waits for no pass.
 
-        A pass may be under way on a GPU, so queued releases are not applied there; what died
-        since the last pass still counts as used.
+        A pass may be under way on a GPU, so counters are the latest that arrived and queued
+        releases are not applied there; what died since the last pass still counts as used.
         """
         if self.store.device.type == "cpu":
             self.settle()
+        now = self.snapshots.current(time.time())
+        rate = now.hit_rate()
         return {
             "policy": "arkvale",
             "settings": {
@@ -174,10 +179,10 @@ class PagedCache:
             },
             "sizes": self.plan.describe(),
             "bytes": self.plan.bytes,
-            "frames_total": self.plan.frames * self.plan.geometry.lanes,
-            "frames_used": self.store.frames_used(),
-            "logical_pages_total": self.plan.logical_pages,
+            **now.levels,
             "logical_pages_used": self.live_pages(),
-            **self.counters.report(),
+            **now.totals,
+            "hit_rate": 1.0 if rate is None else rate,
+            "layers": now.layers,
             **({"violations": self.store.violations()} if self.config.check_invariants else {}),
         }

@@ -293,19 +293,20 @@ def _choose(
 ) -> tuple[torch.Tensor, Recalls]:
     """Frames of the pages that the wave attends to, and which of them must be filled first."""
     layer, rule = cache.store.managed[index], selection_rule(wave.settings)
+    chosen, resolved = cache.counters.of_layer(index)
     lane_pages, scores = wave.lane_pages, None
     if wave.over_budget:
         with part("score"):
             ranked = _rank(cache, index, wave, query, scaling)
         with part("select"):
-            lane_pages, scores = select_pages(ranked, lane_pages, wave.page_counts, rule)
+            lane_pages, scores = select_pages(ranked, lane_pages, wave.page_counts, rule, chosen)
     with part("resolve"):
         return resolve_pages(
             layer.residency,
             lane_pages,
             scores,
             clock,
-            cache.counters.of_layer(index),
+            resolved,
             groups=cache.plan.geometry.groups,
             lists=wave.attention.lists if wave.attention else None,
         )

@@ -51,7 +51,9 @@ class Scale:
     sections: tuple[str, ...]
 
 
-SECTIONS = ("under_budget", "decode", "others", "follow_up", "prefill", "throughput", "steps")
+SECTIONS = (
+    "under_budget", "decode", "others", "follow_up", "prefill", "throughput", "steps", "watching",
+)  # fmt: skip
 DEFAULT = Scale(
     contexts={
         512: (1, 4, 8), 2 * K: (1, 4, 8), 4 * K: (1,), 8 * K: (1, 4, 8), 16 * K: (1, 4),
@@ -100,6 +102,8 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
                 yield from throughput.throughput(mha, scale.loads, 1, log)
             case "steps":
                 yield from steps.breakdown(mha, scale.others, LAYERS, log)
+            case "watching":
+                yield from latency.watching(mha, 4 * scale.rounds, log)
 
 
 def options() -> argparse.Namespace:

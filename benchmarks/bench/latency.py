@@ -1,11 +1,17 @@
-"""Latency: time per token, follow-up turns, cost while nothing is evicted, prefill."""
+"""Latency: time per token, follow-up turns, cost while nothing is evicted, prefill, watching."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import zmq
+
 from arkvale_sglang.cli.launch import Server
+from arkvale_sglang.runtime.publish import STATS
 from bench.sides import (
     ARKVALE,
     Log,
@@ -150,6 +156,54 @@ def prefilling(
             yield {**found, "device_tokens": device_tokens, "peak_bytes": peaks}
         if max(factors) > 1:
             must_have_evicted(both.arkvale)
+
+
+def watching(model: Path, rounds: int, log: Log) -> Iterator[Row]:
+    """Decode of a server that exports metrics and has a subscriber, beside one that has neither:
+    in this row ``stock`` is the policy itself, unwatched."""
+    shared = [
+        *ARKVALE, "--max-total-tokens", "32768", "--arkvale-budget", "1024",
+        "--arkvale-device-tokens", "4096", "--arkvale-host-memory", "1",
+        "--arkvale-dense-layers", "0",
+    ]  # fmt: skip
+    unwatched, watched = [*shared, "--arkvale-stream", "off"], [*shared, "--enable-metrics"]
+    context, times = 8192, {"stock": [], "arkvale": []}
+    with sides(model, unwatched, watched) as both, listening(both.arkvale) as heard:
+        for turn in range(-3, rounds):
+            for side, server in both.each():
+                elapsed = per_token(server, [prompt(context, 0)], 128)
+                if turn >= 0:
+                    times[side].append(elapsed)
+        must_have_evicted(both.arkvale)
+        if len(heard) < rounds:
+            raise RuntimeError(f"{len(heard)} messages came, so the measurement is void.")
+    yield row("watching", times, log, "ms", context=context, budget=1024)
+
+
+@contextlib.contextmanager
+def listening(server: Server) -> Iterator[list[float]]:
+    """Subscribe to a server's ``stats`` inside the block; gives the moments at which some came."""
+    heard: list[float] = []
+    over = threading.Event()
+
+    def listen() -> None:
+        with zmq.Context() as context, context.socket(zmq.SUB) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt_string(zmq.SUBSCRIBE, STATS)
+            socket.connect(endpoint)
+            while not over.is_set():
+                if socket.poll(200):
+                    socket.recv_multipart()
+                    heard.append(time.monotonic())
+
+    endpoint = server.arkvale()["stream"]
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        yield heard
+    finally:
+        over.set()
+        thread.join()
 
 
 def must_have_evicted(server: Server) -> None:

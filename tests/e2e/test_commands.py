@@ -42,6 +42,9 @@ RUN_BY = {
     "arkvale doctor": "tests/tools/test_doctor.py",
     "python -m sglang_router.launch_router": "tests/e2e/test_tensor_parallel.py",
     "pip install sglang-router": "the set-up of every run, by requirements/dev.txt",
+    "arkvale top": "test_serve_prints_a_curl_line_that_works",
+    "arkvale record": "the recorder of tests/e2e/test_watching.py",
+    "arkvale plot": "tests/e2e/test_watching.py and tests/cli/test_watching.py",
 }
 
 
@@ -212,6 +215,10 @@ def test_serve_prints_a_curl_line_that_works():
         assert "the code of the blue door is 4821." in answer.stdout, answer
         report = run(str(Path(sys.executable).parent / "arkvale"), "report", url, seconds=60)
         assert report.returncode == 0 and "pages backed up" in report.stdout
+        top = next(line for line in serving.stdout if "arkvale top" in line).split("#")[0].split()
+        assert top[0] == ".venv/bin/arkvale"
+        view = run(str(Path(sys.executable).parent / "arkvale"), *top[1:], "--once", seconds=60)
+        assert view.returncode == 0 and "hit rate" in view.stdout and url in view.stdout
     finally:
         os.killpg(serving.pid, signal.SIGTERM)
         time.sleep(2)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from arkvale_sglang.cli.stream import Stream
 from arkvale_sglang.integration import compat
 from support.serving import generate, generate_together, prompt, wait_idle
 
@@ -17,6 +20,7 @@ POLICY = (
     "--kv-policy", "arkvale", "--arkvale-budget", "512", "--arkvale-device-tokens", "768",
     "--arkvale-host-memory", "0.25", "--arkvale-oversubscription", "4",
     "--arkvale-check-invariants", "--arkvale-dense-layers", "1", "--chunked-prefill-size", "256",
+    "--enable-metrics", "--decode-log-interval", "10",
 )  # fmt: skip
 TOGETHER = [prompt(length, 400 + length) for length in (300, 210, 400)]
 LONG = prompt(2300, 450)
@@ -57,6 +61,14 @@ def test_policy_equals_stock_on_another_release(release, tiny, serve, expected):
     assert server.post("/v1/completions", completion)["metadata"]["arkvale"] == got[0]
     report = wait_idle(server)
     assert report["pages_recalled"] > 100 and report["violations"] == []
+    with Stream(server.url, None, ["stats"]) as stream:
+        heard = stream.receive(30)
+    assert heard.header["totals"]["pages_recalled"] == report["pages_recalled"]
+    with urllib.request.urlopen(f"{server.url}/metrics/") as answer:
+        metrics = answer.read().decode()
+    recalled = re.findall(r"^sglang:arkvale_pages_recalled_total{.*} (.*)$", metrics, re.M)
+    assert sum(map(float, recalled)) == report["pages_recalled"]
+    assert ", arkvale hit rate: " in server.log.read_text()
     assert report["frames_used"] == 0
     assert "leak detected" not in server.log.read_text()
     server.stop()

@@ -89,6 +89,24 @@ def assert_rule(chosen, scores, lane_pages, counts, rule: SelectionRule) -> None
         assert chosen[0][row, last] == lane_pages[row, count - 1], "the open page stands last"
 
 
+def counted(scores, lane_pages, counts, rule: SelectionRule) -> list[int]:
+    """Forced fills and withheld pages, row by row as ``COUNTED`` says."""
+    forced = withheld = 0
+    for row, count in enumerate(counts.tolist()):
+        if count <= rule.budget:
+            continue
+        inner = range(rule.sinks, count - rule.window)
+        best = sorted(inner, key=lambda place: -scores[row, place].item())
+        is_resident = {place: bool(scores[row, place].view(torch.int32) & 1) for place in inner}
+        absent = [place for place in best[: rule.must] if not is_resident[place]]
+        room = rule.budget - rule.sinks - rule.window - min(rule.must, len(best))
+        if rule.recall_cap is None:
+            forced += max(0, room - sum(is_resident[place] for place in best[rule.must :]))
+        else:
+            withheld += max(0, len(absent) - rule.recall_cap)
+    return [forced, withheld]
+
+
 RULES = st.builds(
     lambda must, spare, sinks, window, cap: SelectionRule(
         must + spare + sinks + window, must, sinks, window, cap
@@ -114,9 +132,11 @@ RULES = st.builds(
 def test_the_chosen_list_is_the_rule_applied_to_distinct_scores(
     select, seed, counts, rule, residency
 ):
-    """Pages, scores, padding and place of the open page, for ragged rows at once."""
+    """Pages, scores, padding and place of the open page, for ragged rows at once; counts too."""
     inputs = batch(np.random.default_rng(seed), counts, residency, rule)
-    assert_rule(select(*inputs, rule), *inputs, rule)
+    totals = torch.tensor([1000, 2000])
+    assert_rule(select(*inputs, rule, totals), *inputs, rule)
+    assert (totals - torch.tensor([1000, 2000])).tolist() == counted(*inputs, rule)
 
 
 @by_implementation
@@ -146,7 +166,10 @@ def test_the_kernel_agrees_with_the_reference_on_rows_of_several_blocks(cap, res
     """4096 pages are read at a time; the last block is ragged."""
     rule = SelectionRule(64, 32, 2, 3, cap)
     inputs = held(guards, *batch(np.random.default_rng(0), [9001, 4097, 50], residency, rule))
-    found, expected = kernel.select_pages(*inputs, rule), reference.select_pages(*inputs, rule)
+    totals = torch.zeros(2, 2, dtype=torch.int64)
+    found = kernel.select_pages(*inputs, rule, totals[0])
+    expected = reference.select_pages(*inputs, rule, totals[1])
+    assert totals[0].tolist() == totals[1].tolist() == counted(*inputs, rule)
     for row in range(3):
         assert row_choice(found, row) == row_choice(expected, row)
         last = min(int(inputs[2][row]), rule.budget) - 1
@@ -254,6 +277,8 @@ def test_the_api_returns_pages_and_scores():
         ("page_counts", torch.ones(3).int(), r"^page_counts must have shape \(2\)"),
         ("page_counts", torch.ones(2), "^page_counts must be .*int32"),
         ("page_counts", torch.ones(4).int()[::2], "^page_counts must be contiguous"),
+        ("counts", torch.zeros(5).long(), r"^counts must have shape \(2\)"),
+        ("counts", torch.zeros(2).int(), "^counts must be torch.int64"),
         *(
             (name, good()[name].to("meta"), f"^{name} must be on cpu, got meta")
             for name in ("lane_pages", "page_counts")

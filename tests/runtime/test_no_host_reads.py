@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.runtime import attention, decode, prefix, streams
 from arkvale_sglang.runtime import cache as cache_module
+from arkvale_sglang.runtime.watch import PageStates
 from support.engine import FakeEngine
 
 aten = torch.ops.aten
@@ -135,6 +136,11 @@ def decode_once(
         step = decode.plan_decode(fake.cache, fake.slots, *tables, lengths, settings)
         for layer in range(fake.geometry.managed_layers):
             decode.decode_managed(fake.cache, layer, step, *inputs, fake.scaling)
+        # What looks at the cache after a pass is queued behind it and must not wait either.
+        fake.cache.snapshots.take(0.0)
+        states = PageStates(fake.cache)
+        states.note()
+        assert states.of_step(step, [-(-length // 16) for length in lengths]) is not None
     return step
 
 

@@ -110,12 +110,13 @@ def launches(config: Config) -> Iterator[Callable[[], object]]:
     yield lambda: attend.merge_parts(part, part)
     if config is not CONFIGS[0]:
         return
+    totals = torch.zeros(5, dtype=torch.int64)
     for width, cap in ((WIDTH, None), (WIDTH, 4), (1024, 4), (256, None)):
         yield lambda width=width, cap=cap: select.select_pages(
-            torch.zeros(ROWS, width), integers(ROWS, width), counts, rule._replace(recall_cap=cap)
-        )
+            torch.zeros(ROWS, width), integers(ROWS, width), counts,
+            rule._replace(recall_cap=cap), totals[:2],
+        )  # fmt: skip
     lists = FrameLists(integers(ROWS * BUDGET), integers(ROWS + 1))
-    totals = torch.zeros(5, dtype=torch.int64)
     many = Residency(integers(520), integers(513), torch.zeros(513, dtype=torch.int64))
     for rows, groups, listed in ((ROWS, 1, lists), (ROWS, 8, None), (4 * ROWS, 1, None)):
         for scores in (torch.zeros(rows, BUDGET), None):

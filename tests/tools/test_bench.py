@@ -48,6 +48,16 @@ def test_targets_are_judged_by_what_was_found():
     assert found["throughput, shared prefix"].endswith("| - |")
 
 
+def test_the_cost_of_being_watched_is_shown_and_judged():
+    rows = [row("watching", [10.0, 10.0, 10.0], [10.05, 10.2, 9.9], context=8192)]
+    line = "| 8,192 | 1,024 | 10.00 | 10.05 | 1.005 | 0.990 to 1.020 |"
+    assert report.watching_table(rows).endswith(line)
+    judged = report.targets_table(rows).splitlines()[-1]
+    assert judged.startswith("| decode while watched | 1.0") and judged.endswith("| yes |")
+    rows = [row("watching", [10.0], [10.3], context=8192)]
+    assert report.targets_table(rows).endswith("| **no** |")
+
+
 def test_shares_of_a_step_come_from_its_named_parts():
     """Two layers; a step takes 100 of which 2 x 20 attend and 2 x 5 score; the first two, and what
     comes after the last, do not count."""

@@ -1,5 +1,5 @@
 """Select op: which pages a row attends to in this step."""
 
-from arkvale_kernels.select.api import Selection, select_pages
+from arkvale_kernels.select.api import COUNTED, Selection, select_pages
 
-__all__ = ["Selection", "select_pages"]
+__all__ = ["COUNTED", "Selection", "select_pages"]

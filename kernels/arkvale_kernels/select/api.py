@@ -10,6 +10,15 @@ from arkvale_kernels import checks
 from arkvale_kernels.layout import SelectionRule
 from arkvale_kernels.select import reference
 
+COUNTED = ("forced_fills", "pages_withheld")
+"""What :func:`select_pages` adds to its ``counts``, in order.
+
+A *forced fill* is an absent page outside the must pages that is listed, hence recalled, only
+because resident ones do not suffice to fill the list; under a recall cap there are none, since the
+list stays short.  A *withheld* page is an absent must page that was given up to the recall cap.
+Both are counted in each row, as misses are, so a page that two rows want counts twice.
+"""
+
 
 class Selection(NamedTuple):
     """Pages chosen for one step; every chosen page that is not resident must be recalled."""
@@ -28,6 +37,7 @@ def select_pages(
     lane_pages: torch.Tensor,
     page_counts: torch.Tensor,
     rule: SelectionRule,
+    counts: torch.Tensor | None = None,
 ) -> Selection:
     """Choose ``min(pages, budget)`` pages per row by the rule.
 
@@ -35,22 +45,27 @@ def select_pages(
         scores: ``[rows, pages]`` float32 as the score op returns them.
         lane_pages: ``[rows, pages]`` int lane page ids, anything beyond a row's count.
         page_counts: ``[rows]`` int pages of each row, the open one included; 0 is inert.
+        counts: ``[2]`` int64 totals named by ``COUNTED``, added to.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit together, or a rule whose
             parts exceed its budget.
     """
-    _check(scores, lane_pages, page_counts, rule)
+    _check(scores, lane_pages, page_counts, rule, counts)
     if scores.is_cuda:
         from arkvale_kernels.select import kernel
 
-        return Selection(*kernel.select_pages(scores, lane_pages, page_counts, rule))
-    return Selection(*reference.select_pages(scores, lane_pages, page_counts, rule))
+        return Selection(*kernel.select_pages(scores, lane_pages, page_counts, rule, counts))
+    return Selection(*reference.select_pages(scores, lane_pages, page_counts, rule, counts))
 
 
 @checks.by_layout
 def _check(
-    scores: torch.Tensor, lane_pages: torch.Tensor, page_counts: torch.Tensor, rule: SelectionRule
+    scores: torch.Tensor,
+    lane_pages: torch.Tensor,
+    page_counts: torch.Tensor,
+    rule: SelectionRule,
+    counts: torch.Tensor | None,
 ) -> None:
     rule.check()
     checks.check_shape("scores", scores, (None, None))
@@ -63,3 +78,8 @@ def _check(
     checks.check_integers(lane_pages=lane_pages, page_counts=page_counts)
     checks.check_device(scores, lane_pages=lane_pages, page_counts=page_counts)
     checks.check_ids("page_counts", page_counts, scores.shape[1] + 1)
+    if counts is not None:
+        checks.check_shape("counts", counts, (len(COUNTED),))
+        checks.check_dtype("counts", counts, torch.int64)
+        checks.check_dense(counts=counts)
+        checks.check_device(scores, counts=counts)

@@ -88,9 +88,10 @@ def _copy(lane_pages, row_scores, chosen, importance, first, count, at, WIDTH: t
 
 
 @triton.jit
-def _select_pages(scores, lane_pages, page_counts, chosen, importance, row_stride, width, budget:
-                  tl.constexpr, must: tl.constexpr, sinks: tl.constexpr, window: tl.constexpr, cap:
-                  tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _select_pages(scores, lane_pages, page_counts, chosen, importance, counts, row_stride, width,
+                  budget: tl.constexpr, must: tl.constexpr, sinks: tl.constexpr, window:
+                  tl.constexpr, cap: tl.constexpr, HAS_COUNTS: tl.constexpr, WIDTH: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(page_counts + row).to(tl.int32)
     scores += row * width
@@ -113,22 +114,18 @@ def _select_pages(scores, lane_pages, page_counts, chosen, importance, row_strid
         if cap >= 0:
             recalled = everything
             if cap > 0:
-                best = _threshold(
-                    scores, start, stop, cap, leading, everything, False, "absent", BLOCK
-                )
+                best = _threshold(scores, start, stop, cap, leading, everything, False, "absent",
+                                  BLOCK)  # fmt: skip
                 recalled = tl.maximum(best, leading)
         taken = _count(scores, start, stop, leading, recalled, BLOCK)
         room = budget - sinks - window - taken
-        if cap >= 0:
-            filling = _threshold(
-                scores, start, stop, room, nothing, leading, True, "resident", BLOCK
-            )
-        else:
-            filling = _threshold(scores, start, stop, room, nothing, leading, True, "all", BLOCK)
+        filling = _threshold(scores, start, stop, room, nothing, leading, True,
+                             "all" if cap < 0 else "resident", BLOCK)  # fmt: skip
         if room == 0:
             filling = everything << 1  # out of reach
 
         at = sinks + window - 1
+        forced = tl.zeros([], tl.int32)
         for first in range(start, stop, BLOCK):
             place, key, resident, inside = _keys(scores, first, start, stop, True, BLOCK)
             plain = key & 0xFFFFFFFFFFFFF
@@ -143,6 +140,11 @@ def _select_pages(scores, lane_pages, page_counts, chosen, importance, row_strid
             tl.store(chosen + target, page, mask=kept)
             tl.store(importance + target, score, mask=kept)
             at += tl.sum(kept.to(tl.int32), 0)
+            if HAS_COUNTS and cap < 0:
+                forced += tl.sum((inside & fills & (resident == 0)).to(tl.int32), 0)
+        if HAS_COUNTS:
+            tl.atomic_add(counts, forced.to(tl.int64))
+            tl.atomic_add(counts + 1, (must - taken).to(tl.int64))
         _copy(lane_pages, scores, chosen, importance, count - 1, 1, budget - 1, WIDTH)
         empty = (index >= at) & (index < budget - 1)
     else:
@@ -157,6 +159,7 @@ def select_pages(
     lane_pages: torch.Tensor,
     page_counts: torch.Tensor,
     rule: SelectionRule,
+    counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.select.api.select_pages`; ties fall to the earlier page."""
     rows, width = scores.shape
@@ -171,6 +174,7 @@ def select_pages(
         page_counts,
         chosen,
         importance,
+        counts if counts is not None else page_counts,
         lane_pages.stride(0),
         width,
         budget=rule.budget,
@@ -178,6 +182,7 @@ def select_pages(
         sinks=rule.sinks,
         window=rule.window,
         cap=-1 if rule.recall_cap is None else rule.recall_cap,
+        HAS_COUNTS=counts is not None,
         WIDTH=triton.next_power_of_2(rule.budget),
         BLOCK=block,
         num_warps=8 if block >= 1024 else 4,

@@ -12,7 +12,8 @@ import torch
 from arkvale_kernels.layout import SelectionRule
 
 _ABSENT, _RESIDENT, _MUST, _FORCED = (tier << 32 for tier in range(1, 5))
-_NONE = -(1 << 31)
+_HALF_TIER = 1 << 31
+_NONE = -_HALF_TIER
 
 
 def select_pages(
@@ -20,10 +21,11 @@ def select_pages(
     lane_pages: torch.Tensor,
     page_counts: torch.Tensor,
     rule: SelectionRule,
+    counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`arkvale_kernels.select.api.select_pages`."""
     rows, pages = scores.shape
-    counts = page_counts.unsqueeze(1)
+    lengths = page_counts.unsqueeze(1)
     index = torch.arange(pages, device=scores.device)
     competing = rule.competing(page_counts, pages)
     bits = scores.view(torch.int32)
@@ -37,19 +39,23 @@ def select_pages(
         beyond = missing.cumsum(1) * missing > rule.recall_cap
         rank = rank.masked_fill(resident == 0, 0)
         leading = leading.masked_fill(beyond, 0)
+        if counts is not None:
+            counts[1] += (beyond & competing.gather(1, best.indices)).sum()
     rank = rank.scatter_(1, best.indices, leading)
-    rank = torch.where(competing, rank, _FORCED).masked_fill_(index >= counts - 1, 0)
+    rank = torch.where(competing, rank, _FORCED).masked_fill_(index >= lengths - 1, 0)
     listed = min(rule.budget - 1, pages)
     top = rank.topk(listed, dim=1)
 
     chosen = lane_pages.new_zeros(rows, rule.budget, dtype=torch.int32)
     importance = scores.new_full((rows, rule.budget), -torch.inf)
     taken = top.values > 0
+    if counts is not None and rule.recall_cap is None:
+        counts[0] += (taken & (top.values < _ABSENT + _HALF_TIER)).sum()
     chosen[:, :listed] = torch.where(taken, lane_pages.gather(1, top.indices), 0)
     by_choice = torch.where(top.values >= _FORCED, torch.inf, scores.gather(1, top.indices))
     importance[:, :listed] = torch.where(taken, by_choice, -torch.inf)
-    last = (counts - 1).clamp_(min=0).long()
-    is_open = counts > 0
+    last = (lengths - 1).clamp_(min=0).long()
+    is_open = lengths > 0
     place = last.clamp(max=rule.budget - 1)
     written = torch.where(is_open, lane_pages.gather(1, last), chosen.gather(1, place))
     chosen.scatter_(1, place, written.to(torch.int32))

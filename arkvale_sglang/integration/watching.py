@@ -1,0 +1,102 @@
+"""Hooks that show what the cache does: after passes, in idle moments, on the decode log line."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from arkvale_sglang.config.settings import STREAM_OFF, ArkValeConfig
+from arkvale_sglang.integration import compat, requests
+from arkvale_sglang.integration.metrics import Exporter
+from arkvale_sglang.runtime.broadcast import Batch, Broadcast
+from arkvale_sglang.runtime.cache import PagedCache
+from arkvale_sglang.runtime.counters import Snapshot
+from arkvale_sglang.runtime.publish import Publisher
+
+
+class Watching:
+    """Wires one scheduler's cache to the stream, to Prometheus and to the log."""
+
+    def __init__(self, config: ArkValeConfig):
+        self._config = config
+        self._leads = True
+        self._labels: dict[str, Any] | None = None
+        self._broadcast: Broadcast | None = None
+        self.endpoint: str | None = None
+        """Of the stream, if this scheduler has one."""
+
+    def take_context(self, result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        """Learn who exports what: of several ranks only the first has a stream."""
+        context = scheduler.metrics_collector_context
+        self._leads = context.is_stats_logging_rank
+        if context.current_scheduler_metrics_enabled:
+            self._labels = context.collector.labels
+
+    def start(self, cache: PagedCache) -> None:
+        """Begin to look at the cache.
+
+        Raises:
+            ArkValeError: the stream's endpoint cannot be bound.
+        """
+        publisher = None
+        if self._leads and self._config.stream != STREAM_OFF:
+            publisher = Publisher(self._config.stream)
+            self.endpoint = publisher.endpoint
+        export = None
+        if self._labels is not None:
+            export = Exporter(self._labels, cache.plan.geometry).publish
+        self._broadcast = Broadcast(cache, publisher, export)
+        logging.getLogger(compat.DECODE_LOGGER).addFilter(DecodeLine(cache))
+
+    def after_pass(
+        self, result: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """After each forward pass, on its stream."""
+        mode, rids = forward_batch.forward_mode, forward_batch.rids
+        if self._broadcast is None or mode.is_idle():
+            return
+        batch = None
+        if mode.is_decode():
+            if rids is None:  # a pass that only warms up
+                return
+            batch = Batch(
+                rids,
+                forward_batch.seq_lens_cpu,
+                requests.settings_of(forward_batch),
+                runner.attn_backend.forward_metadata,
+            )
+        self._broadcast.after_pass(batch)
+
+    def before_idling(self, scheduler: Any) -> None:
+        """Whenever the scheduler finds nothing to run, before it may sleep."""
+        if self._broadcast is not None:
+            self._broadcast.idle()
+
+
+class DecodeLine(logging.Filter):
+    """Lets every line pass, and adds to SGLang's decode line what happened since the one before."""
+
+    def __init__(self, cache: PagedCache):
+        super().__init__()
+        self._cache = cache
+        self._before: Snapshot = cache.snapshots.latest()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add to the line, if it is one."""
+        if isinstance(record.msg, str) and record.msg.startswith("Decode batch"):
+            record.msg += self._words()
+        return True
+
+    def _words(self) -> str:
+        now, before = self._cache.snapshots.current(time.time()), self._before
+        self._before = now
+        rate = now.hit_rate(before)
+        seconds = max(now.time - before.time, 1e-9)
+        recalled = (now.totals["bytes_recalled"] - before.totals["bytes_recalled"]) / seconds
+        levels = now.levels
+        return (
+            f", arkvale hit rate: {'-' if rate is None else f'{rate:.2f}'}, "
+            f"recall: {recalled / 1e6:.1f} MB/s, "
+            f"frames: {levels['frames_used']}/{levels['frames_total']}"
+        )
