@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import multiprocessing
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -58,6 +59,9 @@ NEW_FORWARD_BATCH = HookPoint(
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", ("batch",)
 )
 VERIFY_SAMPLING = HookPoint("sglang.srt.sampling.sampling_params.SamplingParams.verify")
+VALIDATE_PROMPT = HookPoint(
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", ("input_ids",)
+)
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 CAN_RUN_GRAPH = HookPoint(f"{_GRAPHS}.can_run_graph", ("forward_batch",))
 CAPTURE_GRAPH = HookPoint(f"{_GRAPHS}.capture_one_shape", ("size",))
@@ -88,6 +92,13 @@ def exists(point: HookPoint) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
+
+
+def takes_requests() -> bool:
+    """Whether this process checks requests before a scheduler sees them: the server's first
+    process, or a worker beside it."""
+    first = multiprocessing.parent_process() is None
+    return first or "sglang.srt.managers.tokenizer_manager" in sys.modules
 
 
 def in_scheduler() -> bool:

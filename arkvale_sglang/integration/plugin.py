@@ -23,6 +23,8 @@ def register() -> None:
     _hook(compat.FROM_CLI_ARGS, HookType.AROUND, _from_cli_args)
     _hook(compat.CHECK_SERVER_ARGS, HookType.AFTER, _check_server_args)
     _hook(compat.VERIFY_SAMPLING, HookType.AFTER, requests.check)
+    if compat.takes_requests():
+        _hook(compat.VALIDATE_PROMPT, HookType.AFTER, requests.check_prompt)
     _teach_engine()
     config = flags.current_config()
     if config is not None and not _parses_arguments() and compat.in_scheduler():

@@ -39,6 +39,22 @@ def check(result: None, sampling_params: Any, *args: Any, **kwargs: Any) -> None
     config.for_request(wishes)
 
 
+def check_prompt(
+    result: None, manager: Any, obj: Any, input_ids: list[int] | None, *args: Any, **kwargs: Any
+) -> None:
+    """After SGLang's own check of a prompt, which lets through token ids that no embedding has and
+    that would end the scheduler."""
+    if not input_ids or flags.current_config() is None:
+        return
+    known = manager.model_config.vocab_size
+    for token in (min(input_ids), max(input_ids)):
+        if not 0 <= token < known:
+            raise ValueError(
+                f"the prompt has the token id {token}, but the model knows 0 to {known - 1}; send "
+                "ids of its vocabulary."
+            )
+
+
 def attach(config: ArkValeConfig) -> Callable[..., Any]:
     """A hook that keeps each row's settings with the forward batch, if any row has its own.
 
