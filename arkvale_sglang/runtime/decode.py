@@ -265,6 +265,8 @@ def decode_managed(
                 lane_frames = _look_up(layer, wave) if known is None else known[index]
             recalls = None
         move_pages(layer, new, recalls, clock, digest=cache.config.digest)
+        if cache.checksums is not None:
+            cache.checksums.after_move(index, layer, new, recalls)
         new = None
         with part("attend"):
             outputs.append(_attend(layer, wave, rows, lane_frames, scaling))

@@ -30,6 +30,8 @@ NONSENSE_SETTINGS: tuple[Any, ...] = (
     {"head_reduce": "median"}, {"budget": 512, "top_k": 10**30}, {"page_size": 16},
 )  # fmt: skip
 """Values of ``custom_params["arkvale"]`` that no server takes: all are a 400."""
+SAMPLING = "wrong type of a sampling parameter"
+"""The one mistake that SGLang itself answers with a 500."""
 NONSENSE_BODIES: tuple[tuple[str, Any], ...] = (
     ("bad JSON", b'{"input_ids": [5, 6'),
     ("bad JSON", b"\x00\xff\xfe"),
@@ -42,10 +44,12 @@ NONSENSE_BODIES: tuple[tuple[str, Any], ...] = (
     ("wrong type", {"input_ids": [1.5, 2.5]}),
     ("wrong type", {"input_ids": [None]}),
     ("wrong type", {"input_ids": [5, 6], "sampling_params": "hot"}),
-    ("wrong type", {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": "many"}}),
-    ("wrong type", {"input_ids": [5, 6], "sampling_params": {"temperature": "hot"}}),
-    ("wrong type", {"input_ids": [5, 6], "sampling_params": {"custom_params": "x"}}),
-    ("wrong type", {"input_ids": [5, 6], "sampling_params": {"custom_params": [1]}}),
+    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": "many"}}),
+    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"temperature": "hot"}}),
+    (
+        SAMPLING,
+        {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2, "custom_params": "x"}},
+    ),
     ("missing field", {}),
     ("missing field", {"sampling_params": {"max_new_tokens": 4}}),
     ("missing field", {"input_ids": []}),
@@ -53,7 +57,10 @@ NONSENSE_BODIES: tuple[tuple[str, Any], ...] = (
     ("out of range", {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": -4}}),
     ("out of range", {"input_ids": [5, 6], "sampling_params": {"top_p": 7.0}}),
     ("out of range", {"input_ids": [5, 6], "sampling_params": {"temperature": -1.0}}),
-    ("out of range", {"input_ids": [5, 6], "sampling_params": {"min_new_tokens": 9, "max_new_tokens": 3}}),
+    (
+        "out of range",
+        {"input_ids": [5, 6], "sampling_params": {"min_new_tokens": 9, "max_new_tokens": 3}},
+    ),
     ("out of vocabulary", {"input_ids": [5, 10**6, 6]}),
     ("out of vocabulary", {"input_ids": [5, 1 << 40]}),
     ("out of vocabulary", {"input_ids": [5, -7, 6]}),
@@ -149,7 +156,8 @@ class Draw:
         return _posted("/generate", {"input_ids": tokens, "sampling_params": self._sampling()})
 
     def _endless(self) -> Act:
-        sampling = {"max_new_tokens": 10**9, "temperature": 0, "ignore_eos": True}
+        new = self.random.choice((100_000, 10**9))  # within and beyond the model's context
+        sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": self._prompt(), "sampling_params": sampling}
         fate = self.random.choice(("hang up", "abort"))
         return _streamed(body, fate, self.random.randrange(20), f"chaos-{self.seed}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import random
+import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES, SELECTIONS, ArkValeConfig
 from arkvale_sglang.runtime import prefill
+from arkvale_sglang.runtime.checksums import TransferError
 from support import oracle
 from support.engine import FakeEngine, Step
 
@@ -78,6 +80,7 @@ class World:
             selection=draw.choices(SELECTIONS, (12, 1, 1, 1))[0],
             recall_cap=draw.choice((None, None, None, 0, 1, 3)),
             oversubscription=draw.choice((1.0, 1.0, 4.0)),
+            check_transfers=draw.random() < 0.3,
         )
         self.own_settings = draw.random() < 0.4
         frames = min(pages, budget + 1 + draw.choice((0, 1, 2, 4, 8, pages)))
@@ -103,6 +106,8 @@ class World:
                 self.counts[name] += 1
                 act()
                 self._check()
+            if self.fake.cache.checksums is not None:
+                self._poison()
         finally:
             prefill.STAGING_TOKENS = before
 
@@ -248,6 +253,32 @@ class World:
         self.requests.clear()
         self.fake.flush()
 
+    def _poison(self) -> None:
+        """The last event of a world that checks transfers: one bit of one backup is wrong, and the
+        request that reads it must not get an answer."""
+        layer = self.random.choice(self.fake.cache.store.managed)
+        frame_of, stride = layer.residency.frame_of, self.fake.cache.store.page_stride
+        lane = stride * self.random.randrange(self.fake.geometry.groups)
+        evicted = [
+            (row, page)
+            for row, state in self.fake.rows.items()
+            for page in state.pages[: state.tokens // self.size]
+            if frame_of[lane + page] < 0 and (self._is_open(row) or self.fake.free_pages)
+        ]
+        if not evicted:
+            return
+        self.counts["poison"] += 1
+        row, page = self.random.choice(evicted)
+        self.log(f"poison: page {page} of row {row}")
+        backup = layer.host[lane + page].view(torch.uint8).flatten()
+        backup[self.random.randrange(len(backup))] ^= 1 << self.random.randrange(8)
+        try:
+            self.fake.extend({row: 1})
+        except TransferError as error:
+            assert f"page {page} " in str(error), error
+            return
+        raise AssertionError(f"page {page} was read although its backup is poisoned")
+
     def _differ(self, settings: list[ArkValeConfig]) -> bool:
         return any(own is not self.fake.config for own in settings)
 
@@ -306,3 +337,13 @@ class World:
         )  # fmt: skip
         values = [scores[page] for page in expected ^ set(step.chosen)]
         assert not values or np.ptp(values) < TIE, f"{step} should attend to {sorted(expected)}"
+
+
+def one_world(seed: int) -> tuple[int, collections.Counter[str], str | None]:
+    """Run a world; returns its seed, its events by kind, and what broke."""
+    world = World(seed)
+    try:
+        world.run()
+    except Exception:
+        return seed, world.counts, traceback.format_exc()
+    return seed, world.counts, None

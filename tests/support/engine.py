@@ -319,7 +319,9 @@ class FakeEngine:
         lanes = (geometry.groups, -1)
         digests = np.stack([self._digest(page) for page in pages], 1)
         for layer, held, expected in zip(store.managed, written, digests, strict=True):
-            held, expected = (self._by_lane(part, axis) for part, axis in ((held, 3), (expected, 2)))
+            held, expected = (
+                self._by_lane(part, axis) for part, axis in ((held, 3), (expected, 2))
+            )
             host = layer.host.unflatten(0, lanes)[:, pages].double().numpy()
             np.testing.assert_array_equal(host, held)
             found = layer.digests.unflatten(0, lanes)[:, pages].double().numpy()
