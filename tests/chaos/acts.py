@@ -97,7 +97,7 @@ class Draw:
             "endless answer": (2, self._endless),
             "nonsense settings": (5, self._nonsense_settings),
             "malformed body": (12, self._malformed),
-            "giant body": (0.3, self._giant),
+            "giant body": (1, self._giant),
             "half a request": (4, self._half),
             "wrong path": (3, self._wrong_path),
             "abort": (2, self._abort_unknown),

@@ -42,14 +42,14 @@ class Weather:
 
 
 TURNS = Weather(
-    "rows take turns", 16, 512, 160 * 16,
+    "rows take turns, checked transfers", 16, 512, 160 * 16,
     ("--arkvale-device-tokens", "768", "--arkvale-oversubscription", "6",
-     "--arkvale-dense-layers", "1"),
+     "--arkvale-dense-layers", "1", "--arkvale-check-transfers"),
 )  # fmt: skip
 GROUPS = Weather(
-    "lanes by KV head, checked transfers", 32, 512, 96 * 32,
+    "lanes by KV head", 32, 512, 96 * 32,
     ("--arkvale-device-tokens", "1024", "--arkvale-head-groups", "2",
-     "--arkvale-dense-layers", "0", "--arkvale-check-transfers"),
+     "--arkvale-dense-layers", "0"),
 )  # fmt: skip
 ENVIRONMENT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
