@@ -4,7 +4,7 @@ RUN = .venv/bin/python
 KERNEL_TESTS = tests/kernels
 OTHER_TESTS = --ignore tests/kernels
 
-.PHONY: demo serve test lint quality needle-model bench bench-smoke setup clean
+.PHONY: demo serve test lint quality needle-model bench bench-smoke chaos soak setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,8 @@ help:
 	@echo "make needle-model train the model that demo and quality use, about 20 minutes"
 	@echo "make bench        stock SGLang and arkvale in turn, all of docs/performance.md, under half an hour"
 	@echo "make bench-smoke  a part of it, about 5 minutes, written under build/bench"
+	@echo "make chaos        100,000 random events on the cache and on servers, under 20 minutes"
+	@echo "make soak         an hour of constant load: does memory, a file handle or step time grow?"
 
 setup:
 	@$(PYTHON) setup_env.py
@@ -49,6 +51,13 @@ bench: setup
 
 bench-smoke: ARGS = --quick
 bench-smoke: bench
+
+soak: setup
+	@PYTHONPATH=examples:benchmarks $(RUN) -m soak $(ARGS)
+
+# One thread a process: threads that wait for each other in every op are slower than one here.
+chaos: setup
+	@PYTHONPATH=examples:tests OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m chaos $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info

@@ -81,6 +81,8 @@ class ArkValeConfig:
     server of that policy is stock SGLang."""
     check_invariants: bool = False
     """Check the tables whenever the server is idle and stop it on the first violation."""
+    check_transfers: bool = False
+    """Keep a checksum of every backed-up page and stop the server if one comes back changed."""
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:

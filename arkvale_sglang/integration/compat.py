@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import multiprocessing
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -77,6 +78,7 @@ COMPLETION_RESPONSE = HookPoint(
     "_build_completion_response",
     ("ret",),
 )
+VALIDATE_PROMPT = HookPoint(f"{_TOKENIZER}._validate_one_request", ("input_ids",))
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 CAN_RUN_GRAPH = HookPoint(f"{_GRAPHS}.can_run_graph", ("forward_batch",))
 CAPTURE_GRAPH = HookPoint(f"{_GRAPHS}.capture_one_shape", ("size",))
@@ -114,6 +116,13 @@ def exists(point: HookPoint) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
+
+
+def takes_requests() -> bool:
+    """Whether requests arrive in this process: it runs the HTTP server or an ``Engine``, which may
+    itself be a child."""
+    first = multiprocessing.parent_process() is None
+    return first or "sglang.srt.managers.tokenizer_manager" in sys.modules
 
 
 def in_scheduler() -> bool:

@@ -125,6 +125,14 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "check the page tables whenever the server is idle and stop on a violation",
         },
     ),
+    (
+        "check_transfers",
+        {
+            "action": "store_true",
+            "help": "keep a checksum of every page sent to host memory and stop if one comes back "
+            "changed (slow; without CUDA graphs)",
+        },
+    ),
 )
 
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -238,8 +246,9 @@ def take_policy(settings: Settings) -> ArkValeConfig | None:
                 "--kv-policy full."
             )
     _set_engine(settings, page_size)
-    if config.selection != "recall":
-        settings["disable_cuda_graph"] = True  # graphs are captured for recall alone
+    if config.selection != "recall" or config.check_transfers:
+        # Graphs are captured for recall alone, and a check reads the device.
+        settings["disable_cuda_graph"] = True
     os.environ[CONFIG_ENV] = config.to_json()
     return config
 

@@ -28,7 +28,7 @@ def register() -> None:
         from arkvale_sglang.integration import scheduler
 
         scheduler.install(config, _hook)
-    if _takes_requests():
+    if compat.takes_requests():
         requests.install(_hook)
     HookRegistry.apply_hooks()
     _verify()
@@ -67,11 +67,6 @@ def _parses_arguments() -> bool:
     import multiprocessing
 
     return multiprocessing.parent_process() is None
-
-
-def _takes_requests() -> bool:
-    """Whether requests arrive in this process, which runs the HTTP server or an ``Engine``."""
-    return _parses_arguments() or "sglang.srt.entrypoints.engine" in sys.modules
 
 
 def _add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:

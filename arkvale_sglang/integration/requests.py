@@ -31,6 +31,7 @@ def install(hook: compat.Hook) -> None:
     hook(compat.WAIT_FOR_RESPONSE, HookType.AROUND, tell)
     hook(compat.CHAT_RESPONSE, HookType.AFTER, tell_openai)
     hook(compat.COMPLETION_RESPONSE, HookType.AFTER, tell_openai)
+    hook(compat.VALIDATE_PROMPT, HookType.AFTER, check_prompt)
 
 
 def _wishes(custom_params: object) -> object:
@@ -114,6 +115,22 @@ def settings_for(request: Any, config: ArkValeConfig) -> ArkValeConfig:
             known = config
         setattr(request, _OF_REQUEST, known)
     return known
+
+
+def check_prompt(
+    result: None, manager: Any, obj: Any, input_ids: list[int] | None, *args: Any, **kwargs: Any
+) -> None:
+    """After SGLang's own check of a prompt, which lets through token ids that no embedding has and
+    that would end the scheduler."""
+    if not input_ids or flags.current_config() is None:
+        return
+    known = manager.model_config.vocab_size
+    for token in (min(input_ids), max(input_ids)):
+        if not 0 <= token < known:
+            raise ValueError(
+                f"the prompt has the token id {token}, but the model knows 0 to {known - 1}; send "
+                "ids of its vocabulary."
+            )
 
 
 def attach(config: ArkValeConfig) -> Callable[..., Any]:

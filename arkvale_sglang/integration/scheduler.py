@@ -90,6 +90,12 @@ def _heads_as_they_are(
     return original(model_config, load_config, tp_size)
 
 
+def _end(error: ArkValeError) -> None:
+    """The same for what is found while requests run."""
+    with _one_sentence():
+        raise error
+
+
 def _no_fused_kv_write(forward_batch: Any) -> bool:
     """Models must not write K and V by slot themselves: slots are logical."""
     return False
@@ -206,6 +212,8 @@ class Wiring:
                 f"{type(pool).__name__} and {type(allocator).__name__}; report this, and serve "
                 "with --kv-policy full meanwhile."
             )
+        if self.pool.cache.checksums is not None:
+            self.pool.cache.checksums.fail = _end
         logger.info("arkvale: %s", self.plan.describe())
 
     def check_backend(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:

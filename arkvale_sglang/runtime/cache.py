@@ -15,6 +15,7 @@ from arkvale_sglang.core.sizing import PoolPlan
 from arkvale_sglang.core.store import PageStore
 from arkvale_sglang.policy.admission import FrameAdmission
 from arkvale_sglang.runtime.attention import Attention
+from arkvale_sglang.runtime.checksums import Checksums
 from arkvale_sglang.runtime.counters import Counters
 from arkvale_sglang.runtime.dropping import Dropping
 from arkvale_sglang.runtime.streams import PrefixReader, TransferStream
@@ -37,6 +38,7 @@ class PagedCache:
         self.attention = Attention()
         self.transfers = TransferStream(self.store.device)
         self.prefix = PrefixReader(self)
+        self.checksums = Checksums(plan, self.store.device) if config.check_transfers else None
         self.dropping = Dropping(plan, config.sink_pages, self.store.device)
         self.clock = torch.zeros((), dtype=torch.int64, device=self.store.device)
         self._clock_span = 1

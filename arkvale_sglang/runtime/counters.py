@@ -36,7 +36,7 @@ class HostTotals(NamedTuple):
     resident_hits: int = 0
     """Hits of steps in which nothing could be missing, over all lanes."""
     streamed: int = 0
-    """Prefix tokens that prefill read back, per managed layer."""
+    """Prefix tokens that prefill and full rows read where they are, per managed layer."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -272,6 +272,8 @@ def decode_managed(
                 known = step.lane_frames
                 lane_frames = _look_up(layer, wave) if known is None else known[index]
         move_pages(layer, new, recalls, clock, digest=cache.config.digest)
+        if cache.checksums is not None:
+            cache.checksums.after_move(index, layer, new, recalls)
         new = None
         with part("attend"):
             if wave.sequences is None:

@@ -248,5 +248,9 @@ def _store_chunk(
             )
         if step.topped_up is not None:
             seal_frames(layer, step.topped_up, cache.clock, digest=digest)
+            if cache.checksums is not None:
+                cache.checksums.of_frames(index, layer, step.topped_up)
         if step.first_tokens.numel():
             seal_pages(layer, step.whole_lane_pages, step.first_tokens, k, v, digest=digest)
+            if cache.checksums is not None:
+                cache.checksums.of_chunk(index, step.whole_lane_pages, step.first_tokens, k, v)

@@ -105,7 +105,10 @@ class PrefixReader:
             self._ahead = self._read()
         if read.done is not None:
             torch.cuda.current_stream().wait_event(read.done)
-        return read.staged[0][: block.tokens], read.staged[1][: block.tokens]
+        k, v = read.staged[0][: block.tokens], read.staged[1][: block.tokens]
+        if self._cache.checksums is not None:
+            self._cache.checksums.check_gathered(layer, block.lane_pages, k, v)
+        return k, v
 
     def _read(self) -> _Read:
         """Start the next read.  Its buffer was attended two blocks ago, which the current stream

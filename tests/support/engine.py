@@ -82,6 +82,8 @@ class FakeEngine:
         shape = (layers, pages + 1, config.page_size, kv_heads, head_dim)
         self.keys, self.values = np.zeros(shape), np.zeros(shape)
         self.random = torch.Generator().manual_seed(seed)
+        self._digests: dict[int, np.ndarray] = {}
+        """What the oracle makes of each full page: ``[managed layers, 2, KV heads, head_dim]``."""
         self.steps: list[Step] = []
         self.prompt_queries: dict[tuple[int, int], np.ndarray] = {}
         """``[tokens, query heads, head_dim]`` of each row's latest chunk, by layer and row."""
@@ -131,6 +133,7 @@ class FakeEngine:
         state = self.rows[row]
         for _ in range(self.pages_needed(row, tokens)):
             page = self.free_pages.pop(0)
+            self._digests.pop(page, None)
             self.references[page] = 1
             state.pages.append(page)
         state.tokens += tokens
@@ -150,10 +153,10 @@ class FakeEngine:
 
     def _remember(self, layer: int, row: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         size = self.config.page_size
-        for token in range(k.shape[0]):
-            page = self.rows[row].pages[(start + token) // size]
-            self.keys[layer, page, (start + token) % size] = k[token].double().numpy()
-            self.values[layer, page, (start + token) % size] = v[token].double().numpy()
+        tokens = np.arange(start, start + k.shape[0])
+        pages = np.array(self.rows[row].pages)[tokens // size]
+        self.keys[layer, pages, tokens % size] = k.double().numpy()
+        self.values[layer, pages, tokens % size] = v.double().numpy()
 
     def truth(self, layer: int, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a request, ``[tokens, heads, head_dim]`` float64."""
@@ -314,22 +317,37 @@ class FakeEngine:
         self._check_backups(sorted(full))
 
     def _check_backups(self, pages: list[int]) -> None:
+        """Full pages are what was written: in their backup, their frames and their digest."""
+        if not pages:
+            return
         store, geometry = self.cache.store, self.geometry
+        written = np.stack([self.keys, self.values], 2)[geometry.dense_layers :, pages]
         lanes = (geometry.groups, -1)
-        for managed, layer in enumerate(store.managed):
+        digests = np.stack([self._digest(page) for page in pages], 1)
+        for layer, held, expected in zip(store.managed, written, digests, strict=True):
+            held, expected = (
+                self._by_lane(part, axis) for part, axis in ((held, 3), (expected, 2))
+            )
             host = layer.host.unflatten(0, lanes)[:, pages].double().numpy()
-            digests = layer.digests.unflatten(0, lanes)[:, pages].double().numpy()
-            for group in range(geometry.groups):
-                keys, values = (
-                    held[managed + geometry.dense_layers, pages][
-                        :, :, group * geometry.lane_heads : (group + 1) * geometry.lane_heads
-                    ]
-                    for held in (self.keys, self.values)
-                )
-                np.testing.assert_array_equal(host[group, :, 0], keys)
-                np.testing.assert_array_equal(host[group, :, 1], values)
-                expected = oracle.digests(keys, self.config.digest)
-                tolerance = (
-                    4 * torch.finfo(geometry.dtype).eps * max(1.0, np.abs(keys).max(initial=0))
-                )
-                np.testing.assert_allclose(digests[group], expected, rtol=0, atol=tolerance)
+            np.testing.assert_array_equal(host, held)
+            found = layer.digests.unflatten(0, lanes)[:, pages].double().numpy()
+            largest = max(1.0, np.abs(held).max(initial=0))
+            tolerance = 4 * torch.finfo(geometry.dtype).eps * largest
+            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+            frames = layer.residency.frame_of.unflatten(0, lanes)[:, pages]
+            resident = (frames >= 0).numpy()
+            for half, kept in enumerate((layer.k_frames, layer.v_frames)):
+                found = kept[frames[frames >= 0].long()].double().numpy()
+                np.testing.assert_array_equal(found, held[resident][:, half])
+
+    def _by_lane(self, part: np.ndarray, axis: int) -> np.ndarray:
+        """Split the heads at ``axis`` over lanes, which come first."""
+        return np.stack(np.split(part, self.geometry.groups, axis))
+
+    def _digest(self, page: int) -> np.ndarray:
+        """Of a full page, which does not change; kept until the page is handed out anew."""
+        known = self._digests.get(page)
+        if known is None:
+            keys = self.keys[self.geometry.dense_layers :, page]
+            known = self._digests[page] = oracle.digests(keys, self.config.digest)
+        return known

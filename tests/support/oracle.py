@@ -1,4 +1,4 @@
-"""An independent reading of the formulas, in float64 numpy, one page and one head at a time.
+"""An independent reading of the formulas, in float64 numpy, one page or one head at a time.
 
 Shares no code with the implementation and imports none of it.
 """
@@ -12,22 +12,19 @@ def digests(keys: np.ndarray, kind: str) -> np.ndarray:
     """``[pages, page_size, heads, dim]`` -> ``[pages, (upper, lower), heads, dim]``."""
     result = np.empty((keys.shape[0], 2, *keys.shape[2:]))
     for page, held in enumerate(keys):
-        for head in range(keys.shape[2]):
-            for channel in range(keys.shape[3]):
-                values = held[:, head, channel]
-                center = (values.max() + values.min()) / 2
-                away = np.abs(values - center)
-                if kind == "cuboid-max":
-                    radius = away.max()
-                elif kind == "cuboid-mean":
-                    radius = away.mean()
-                elif kind == "cuboid-center":
-                    radius = (away.max() + away.min()) / 2
-                elif kind == "mean-std":
-                    center, radius = values.mean(), values.std()
-                else:
-                    raise AssertionError(kind)
-                result[page, :, head, channel] = center + radius, center - radius
+        center = (held.max(0) + held.min(0)) / 2
+        away = np.abs(held - center)
+        if kind == "cuboid-max":
+            radius = away.max(0)
+        elif kind == "cuboid-mean":
+            radius = away.mean(0)
+        elif kind == "cuboid-center":
+            radius = (away.max(0) + away.min(0)) / 2
+        elif kind == "mean-std":
+            center, radius = held.mean(0), held.std(0)
+        else:
+            raise AssertionError(kind)
+        result[page] = center + radius, center - radius
     return result
 
 
@@ -124,9 +121,12 @@ def causal_attention(
     query: np.ndarray, keys: np.ndarray, values: np.ndarray, prefix: int, scaling: float
 ) -> np.ndarray:
     """Queries ``[tokens, query heads, dim]`` that follow ``prefix`` tokens of the sequence."""
-    return np.stack(
-        [
-            attention(q, keys[: prefix + place + 1], values[: prefix + place + 1], scaling)
-            for place, q in enumerate(query)
-        ]
-    )
+    per_kv = query.shape[1] // keys.shape[1]
+    unseen = np.arange(len(keys)) > prefix + np.arange(len(query))[:, None]
+    out = np.empty((*query.shape[:2], values.shape[2]))
+    for head in range(query.shape[1]):
+        logits = query[:, head] @ keys[:, head // per_kv].T * scaling
+        logits[unseen] = -np.inf
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        out[:, head] = weights @ values[:, head // per_kv] / weights.sum(1, keepdims=True)
+    return out

@@ -1,0 +1,1 @@
+"""Constant load for an hour: does anything grow?"""

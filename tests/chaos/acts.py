@@ -1,0 +1,265 @@
+"""Events on a server: one random thing that a client does, drawn from a seed.
+
+An act returns how it ended, as a word or an HTTP status.  Whatever a client sends, the server may
+refuse it (4xx) or answer it, and must stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from arkvale_sglang.cli.launch import Server
+from support.serving import prompt
+
+SECONDS = 300.0
+"""Longest wait for an answer; a server that is slower hangs."""
+Act = Callable[[Server], str]
+
+NONSENSE_SETTINGS: tuple[Any, ...] = (
+    [], 7, "full", {"budget": 1 << 40}, {"budget": -16}, {"budget": 0}, {"budget": True},
+    {"budget": 1.5}, {"budget": None}, {"budget": "all"}, {"top_k": 0}, {"top_k": -1},
+    {"frames": 3}, {"": 1}, {"selection": "none"}, {"selection": ["recall"]},
+    {"head_reduce": "median"}, {"budget": 512, "top_k": 10**30}, {"page_size": 16},
+)  # fmt: skip
+"""Values of ``custom_params["arkvale"]`` that no server takes: all are a 400."""
+SAMPLING = "wrong type of a sampling parameter"
+"""The one mistake that SGLang itself answers with a 500."""
+NONSENSE_BODIES: tuple[tuple[str, Any], ...] = (
+    ("bad JSON", b'{"input_ids": [5, 6'),
+    ("bad JSON", b"\x00\xff\xfe"),
+    ("bad JSON", b""),
+    ("wrong type", b"[]"),
+    ("wrong type", b"7"),
+    ("wrong type", {"input_ids": "abc"}),
+    ("wrong type", {"input_ids": {"a": 1}}),
+    ("wrong type", {"text": 5}),
+    ("wrong type", {"input_ids": [1.5, 2.5]}),
+    ("wrong type", {"input_ids": [None]}),
+    ("wrong type", {"input_ids": [5, 6], "sampling_params": "hot"}),
+    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": "many"}}),
+    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"temperature": "hot"}}),
+    (
+        SAMPLING,
+        {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2, "custom_params": "x"}},
+    ),
+    ("missing field", {}),
+    ("missing field", {"sampling_params": {"max_new_tokens": 4}}),
+    ("missing field", {"input_ids": []}),
+    ("missing field", {"text": ""}),
+    ("out of range", {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": -4}}),
+    ("out of range", {"input_ids": [5, 6], "sampling_params": {"top_p": 7.0}}),
+    ("out of range", {"input_ids": [5, 6], "sampling_params": {"temperature": -1.0}}),
+    (
+        "out of range",
+        {"input_ids": [5, 6], "sampling_params": {"min_new_tokens": 9, "max_new_tokens": 3}},
+    ),
+    ("out of vocabulary", {"input_ids": [5, 10**6, 6]}),
+    ("out of vocabulary", {"input_ids": [5, 1 << 40]}),
+    ("out of vocabulary", {"input_ids": [5, -7, 6]}),
+    ("out of vocabulary", {"input_ids": [[5, 6], [5, -1]]}),
+    ("unknown field", {"input_ids": [5, 6], "frames": 3}),
+)  # fmt: skip
+"""Bodies of ``/generate`` by what is wrong with them."""
+PATHS = (
+    ("GET", "/generate"), ("DELETE", "/flush_cache"), ("PUT", "/v1/chat/completions"),
+    ("GET", "/no/such/path"), ("POST", "/../etc/passwd"), ("GET", "/%00"), ("PATCH", "/health"),
+)  # fmt: skip
+
+
+class Draw:
+    """Draws acts; the same seed draws the same one.
+
+    Args:
+        capacity: tokens that the server's cache holds.
+        budget: the server's, in tokens.
+    """
+
+    def __init__(self, seed: str, capacity: int, budget: int):
+        self.random = random.Random(seed)
+        self.seed, self.capacity, self.budget = seed, capacity, budget
+
+    def act(self) -> tuple[str, Act]:
+        """A name and what to do."""
+        kinds: dict[str, tuple[float, Callable[[], Act]]] = {
+            "generate": (50, self._generate),
+            "several prompts": (5, self._several),
+            "completion": (6, self._completion),
+            "prompt log-probabilities": (3, self._logprobs),
+            "prompt beyond capacity": (3, self._too_long),
+            "endless answer": (2, self._endless),
+            "nonsense settings": (5, self._nonsense_settings),
+            "malformed body": (12, self._malformed),
+            "giant body": (1, self._giant),
+            "half a request": (4, self._half),
+            "wrong path": (3, self._wrong_path),
+            "abort": (2, self._abort_unknown),
+            "look": (3, self._look),
+            "flush": (2, self._flush),
+        }
+        name = self.random.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
+        return name, kinds[name][1]()
+
+    # -- what a client may ask for -------------------------------------------------------------
+
+    def _prompt(self) -> list[int]:
+        """Few prefixes of many lengths, so that many requests share one, and an end of its own."""
+        shared = prompt(self.random.choice((0, 64, 160, 400)), self.random.randrange(4))
+        return [*shared, *prompt(self.random.randrange(1, 120), self.seed)]
+
+    def _sampling(self) -> dict[str, Any]:
+        new = self.random.choice((1, 4, 12, 40))
+        sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
+        if self.random.random() < 0.3:
+            wishes: dict[str, Any] = {
+                "budget": self.random.randrange(self.budget // 2, self.budget + 1),
+                "top_k": self.random.randrange(16, self.budget // 4),
+                "selection": self.random.choice(("recall", "streaming", "snapkv", "h2o")),
+            }
+            names = self.random.sample(sorted(wishes), self.random.randrange(1, 4))
+            own = {name: wishes[name] for name in names}
+            sampling["custom_params"] = {"arkvale": own}
+        return sampling
+
+    def _generate(self) -> Act:
+        body = {"input_ids": self._prompt(), "sampling_params": self._sampling()}
+        fate = self.random.choice(("finish", "finish", "hang up", "abort"))
+        return _streamed(body, fate, self.random.randrange(8), f"chaos-{self.seed}")
+
+    def _several(self) -> Act:
+        prompts = [self._prompt() for _ in range(self.random.randrange(2, 5))]
+        return _posted("/generate", {"input_ids": prompts, "sampling_params": self._sampling()})
+
+    def _completion(self) -> Act:
+        text = "a long story " * self.random.randrange(1, 30)
+        body = {"model": "tiny", "temperature": 0, "max_tokens": 6, "ignore_eos": True}
+        if self.random.random() < 0.5:
+            body["custom_params"] = {"arkvale": {"budget": self.budget // 2}}
+        if self.random.random() < 0.5:
+            return _posted("/v1/completions", {**body, "prompt": text})
+        messages = [{"role": "user", "content": text}]
+        return _posted("/v1/chat/completions", {**body, "messages": messages})
+
+    def _logprobs(self) -> Act:
+        body = {"input_ids": self._prompt(), "sampling_params": self._sampling()}
+        return _posted("/generate", {**body, "return_logprob": True, "logprob_start_len": 0})
+
+    def _too_long(self) -> Act:
+        tokens = prompt(self.capacity + self.random.choice((1, 100, 5000)), 1)
+        return _posted("/generate", {"input_ids": tokens, "sampling_params": self._sampling()})
+
+    def _endless(self) -> Act:
+        new = self.random.choice((100_000, 10**9))  # within and beyond the model's context
+        sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": self._prompt(), "sampling_params": sampling}
+        fate = self.random.choice(("hang up", "abort"))
+        return _streamed(body, fate, self.random.randrange(20), f"chaos-{self.seed}")
+
+    def _nonsense_settings(self) -> Act:
+        wishes = self.random.choice(NONSENSE_SETTINGS)
+        sampling = {"max_new_tokens": 2, "custom_params": {"arkvale": wishes}}
+        return _posted("/generate", {"input_ids": [5, 6, 7], "sampling_params": sampling})
+
+    def _malformed(self) -> Act:
+        what, body = self.random.choice(NONSENSE_BODIES)
+        if not isinstance(body, bytes):
+            body.setdefault("sampling_params", {"max_new_tokens": 2})
+        return _posted("/generate", body, what)
+
+    def _giant(self) -> Act:
+        return _posted("/generate", {"text": "x" * (1 << 20), "sampling_params": {}})
+
+    def _half(self) -> Act:
+        """Begin a request and close the connection."""
+        length = self.random.choice((0, 40, 100000))
+        data = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        data += b"Content-Length: %d\r\n\r\n" % length + b'{"input_ids": [5, 6, 7], '
+        cut = self.random.randrange(1, len(data))
+
+        def act(server: Server) -> str:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as client:
+                client.sendall(data[:cut])
+            return "closed"
+
+        return act
+
+    def _wrong_path(self) -> Act:
+        method, path = self.random.choice(PATHS)
+
+        def act(server: Server) -> str:
+            client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+            with contextlib.closing(client):
+                client.request(method, path, body=b"{}")
+                return str(client.getresponse().status)
+
+        return act
+
+    def _abort_unknown(self) -> Act:
+        return _posted("/abort_request", {"rid": f"nobody-{self.seed}"})
+
+    def _look(self) -> Act:
+        path = self.random.choice(("/health", "/server_info", "/model_info", "/v1/models"))
+
+        def act(server: Server) -> str:
+            with server_get(server, path) as answer:
+                answer.read()
+                return str(answer.status)
+
+        return act
+
+    def _flush(self) -> Act:
+        return _posted("/flush_cache", {})
+
+
+def server_get(server: Server, path: str) -> Any:
+    """The open answer of a GET."""
+    return urllib.request.urlopen(f"{server.url}{path}", timeout=SECONDS)
+
+
+def _posted(path: str, body: Any, what: str = "") -> Act:
+    """Post a body, JSON or bytes, and read the answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def act(server: Server) -> str:
+        request = urllib.request.Request(
+            f"{server.url}{path}", data=data, headers={"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                answer.read()
+                status = answer.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        return f"{what}: {status}" if what else str(status)
+
+    return act
+
+
+def _streamed(body: dict[str, Any], fate: str, tokens: int, rid: str) -> Act:
+    """Read an answer as it comes; after so many tokens meet the fate."""
+
+    def act(server: Server) -> str:
+        retracted, ended = 0, fate
+        try:
+            with server.open("/generate", {**body, "rid": rid, "stream": True}, SECONDS) as answer:
+                parts = (json.loads(line[6:]) for line in answer if line.startswith(b"data: {"))
+                for count, part in enumerate(parts):
+                    if "error" in part:
+                        return f"{fate}: error in the stream"
+                    retracted = part["meta_info"].get("num_retractions", retracted)
+                    if count == tokens and fate == "hang up":
+                        break
+                    if count == tokens and fate == "abort":
+                        server.post("/abort_request", {"rid": rid})
+        except urllib.error.HTTPError as error:
+            return str(error.code)
+        return f"{ended}, retracted" if retracted else ended
+
+    return act
