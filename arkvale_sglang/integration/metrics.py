@@ -29,7 +29,8 @@ PER_LAYER = {
 """Counters by layer, in pages of a lane; the exposed names end in ``_total``."""
 OVERALL = {
     "pages_sealed": "Logical pages that were filled.",
-    "tokens_streamed": "Prefix tokens that prefill and full requests read where they are, in each managed layer.",
+    "tokens_streamed": "Prefix tokens that prefill and full requests read where they are, in each "
+    "managed layer.",
     "stream_dropped": "Messages of the stream that some subscriber lost.",
 }
 """Counters without a layer."""

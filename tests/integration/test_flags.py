@@ -17,6 +17,11 @@ from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.integration import flags
 
 load_plugins()
+SETTINGS = {
+    field.name: field.default
+    for field in dataclasses.fields(ArkValeConfig)
+    if field.name not in ("page_size", "policy")  # SGLang's own, and a request's alone
+}
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +37,8 @@ def test_all_flags_are_listed_with_their_defaults():
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     text = " ".join(parser.format_help().split())
-    for name in ArkValeConfig.__dataclass_fields__:
-        if name != "page_size":
-            assert f"--arkvale-{name.replace('_', '-')}" in text
+    for name in SETTINGS:
+        assert f"--arkvale-{name.replace('_', '-')}" in text
     assert "(default: 4096)" in text and "--kv-policy {full,arkvale}" in text
 
 
@@ -142,11 +146,9 @@ def test_the_device_named_decides_on_the_backend(monkeypatch, has_gpu):
 def test_the_page_of_flags_lists_each_once_with_its_default():
     page = (Path(__file__).resolve().parents[2] / "docs/flags.md").read_text()
     rows = re.findall(r"^\| `--([a-z-]+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)
-    settings = {field.name: field.default for field in dataclasses.fields(ArkValeConfig)}
-    del settings["page_size"]
-    names = [f"arkvale-{name.replace('_', '-')}" for name in settings]
+    names = [f"arkvale-{name.replace('_', '-')}" for name in SETTINGS]
     assert sorted(name for name, *_ in rows) == sorted(["kv-policy", *names])
     for name, _, default in rows:
-        value = settings.get(name.removeprefix("arkvale-").replace("-", "_"))
+        value = SETTINGS.get(name.removeprefix("arkvale-").replace("-", "_"))
         if value not in (None, False) and name != "kv-policy":
             assert default.strip("`") == str(value).removesuffix(".0"), name

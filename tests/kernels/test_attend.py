@@ -142,14 +142,12 @@ def test_rows_attend_to_their_chosen_tokens_and_to_no_other(heads, size, dtype):
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 96], ids="len{}".format)
 @pytest.mark.parametrize("block", [1, 2, 9], ids="block{}".format)
 def test_rows_of_one_length_attend_without_a_mask(heads, length, block, dtype, monkeypatch):
-    """``common_length`` cuts the list instead of masking it: same result, tail not read.  Lists
-    longer than so many pages are read in blocks and merged."""
+    """``common_length`` cuts the list instead of masking it; long lists are read in blocks."""
     query_heads, kv_heads, dim = heads
     page_bytes = 2 * 32 * kv_heads * dim * dtype.itemsize
     monkeypatch.setattr(reference, "COPY_BYTES", block * page_bytes)
-    lane_frames, lengths = [[3, 5, 0], [1, 4, 2]], [length] * 2
-    pages = -(-length // 32)
-    lane_frames = [listed[:pages] for listed in lane_frames]
+    lengths, pages = [length] * 2, -(-length // 32)
+    lane_frames = [listed[:pages] for listed in ([3, 5, 0], [1, 4, 2])]
     k_frames, v_frames = (
         blank_except(normal(6, 32, kv_heads, dim, dtype=dtype, seed=seed), lane_frames, lengths)
         for seed in (1, 2)
@@ -157,7 +155,7 @@ def test_rows_of_one_length_attend_without_a_mask(heads, length, block, dtype, m
     query = normal(2, query_heads, dim, dtype=dtype)
     assert_rows(query, k_frames, v_frames, lane_frames, lengths, common_length=length)
     assert_rows(query, k_frames, v_frames, lane_frames, lengths)
-    lane_frames[1][-1] = -1  # a page refused for want of a frame: one length, yet a gap
+    lane_frames[1][-1] = -1  # refused for want of a frame: one length, yet a gap
     assert_rows(query, k_frames, v_frames, lane_frames, lengths, common_length=length)
 
 
