@@ -212,7 +212,7 @@ class Wiring:
                 f"{type(pool).__name__} and {type(allocator).__name__}; report this, and serve "
                 "with --kv-policy full meanwhile."
             )
-        checksums = self.pool.cache.checksums
+        checksums = pool.cache.checksums
         if checksums is not None:
             checksums.fail = _end
         logger.info("arkvale: %s", self.plan.describe())
