@@ -115,6 +115,20 @@ def test_frames_for_everything_admit_everything():
     assert len(Passes(frames=100).admit([request(1000) for _ in range(50)])) == 50
 
 
+@pytest.mark.parametrize(
+    ("plain_cpu", "tp_size", "adjusted"), [(True, 2, True), (True, 4, False), (False, 4, True)]
+)
+def test_heads_are_padded_only_where_that_can_be_loaded(monkeypatch, plain_cpu, tp_size, adjusted):
+    """Two heads, which two ranks share without padding."""
+    platform = SimpleNamespace(is_out_of_tree=lambda: plain_cpu)
+    monkeypatch.setattr(scheduler, "current_platform", platform)
+    model = SimpleNamespace(get_num_kv_heads=lambda ranks: 2)
+    asked = []
+    result = scheduler._heads_as_they_are(lambda *args: asked.append(args), model, None, tp_size)
+    assert bool(asked) == adjusted
+    assert result is (None if adjusted else model)
+
+
 @pytest.mark.parametrize("pages", [1, 3])
 def test_live_pages_are_those_handed_out(pages):
     """By number as by count, and pages freed are no longer among them."""
