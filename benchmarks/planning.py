@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from arkvale_sglang.cli.plan import BYTES, Load, Machine, Model, expect
+from arkvale_sglang.cli.plan import Load, Machine, Model, expect
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.sizing import GIB
 from pages import fill, table
@@ -62,7 +62,7 @@ def lines(context: int) -> list[list[str]]:
         machine = dataclasses.replace(device, host_memory=tp * device.host_memory)
         config = ArkValeConfig(host_memory=machine.host_memory, digest_dtype="fp8")
         where = [model_name, f"{tp} x {machine_name}" if tp > 1 else machine_name, weights]
-        weight_bytes = int(model.parameters * BYTES[weights]) // tp
+        weight_bytes = model.weight_bytes(weights, tp)
         try:
             one = expect(config, model, weight_bytes, machine, Load(context, 1, HIT_RATE), tp)
         except ArkValeError as error:

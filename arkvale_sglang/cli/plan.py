@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from arkvale_sglang.core.sizing import GIB, Memory, PoolPlan, plan_pool
 from arkvale_sglang.policy.admission import FrameAdmission
 
 BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "fp8": 1.0, "int4": 0.5}
+EMBEDDING_BYTES = 2.0
+"""Least of an embedding's element: quantised checkpoints keep those as they were."""
+_OTHERS = {
+    "num_local_experts": "experts", "num_experts": "experts", "n_routed_experts": "experts",
+    "kv_lora_rank": "latent attention", "sliding_window_pattern": "sliding-window layers",
+    "attn_logit_softcapping": "a soft cap on attention logits",
+}  # fmt: skip
+"""Keys of a configuration that no dense MHA or GQA decoder has."""
+_FULL_ATTENTION = {"full_attention", "attention"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +63,14 @@ class Model:
                 "folder."
             ) from None
         config = config.get("text_config", config)
+        what = next((what for key, what in _OTHERS.items() if config.get(key)), None)
+        if set(config.get("layer_types") or ()) - _FULL_ATTENTION:
+            what = "layers beside full attention"
+        if what is not None:
+            raise ArkValeError(
+                f"{file} describes a model with {what}; arkvale plans only for dense MHA and GQA "
+                "decoders."
+            )
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -73,11 +91,21 @@ class Model:
             ) from None
 
     @property
+    def embeddings(self) -> int:
+        """Parameters of the embedding and the head."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
     def parameters(self) -> int:
         """Of a dense decoder with a gated feed-forward, norms left out."""
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate) + embeddings
+        return self.layers * (attention + 3 * self.hidden * self.intermediate) + self.embeddings
+
+    def weight_bytes(self, weights: str | None, ranks: int) -> int:
+        """On one rank, in a type of ``BYTES`` or that of the configuration."""
+        each = BYTES[weights] if weights else self.dtype.itemsize
+        layers = (self.parameters - self.embeddings) * each
+        return int(layers + self.embeddings * max(each, EMBEDDING_BYTES)) // ranks
 
     def geometry(self, config: ArkValeConfig, ranks: int) -> PageGeometry:
         """Of one rank."""
@@ -184,6 +212,7 @@ def lines(expected: Expectation, config: ArkValeConfig, load: Load) -> list[tupl
     """As people read it."""
     pool = expected.pool
     page = pool.geometry.page_size
+    excess = " (do not fit)" if load.concurrency > expected.requests else ""
 
     def gib(value: float) -> str:
         return f"{value / GIB:,.2f} GiB"
@@ -204,7 +233,10 @@ def lines(expected: Expectation, config: ArkValeConfig, load: Load) -> list[tupl
             f"recalled per step at {load.hit_rate:.0%} hits",
             f"{expected.recalled_bytes / 1e6:,.2f} MB",
         ),
-        (f"step of {load.concurrency} requests, predicted", f"{expected.arkvale_ms:,.2f} ms"),
+        (
+            f"step of {load.concurrency} requests, predicted{excess}",
+            f"{expected.arkvale_ms:,.2f} ms",
+        ),
         ("  under full attention, did it fit", f"{expected.full_ms:,.2f} ms"),
         ("  ratio", f"{expected.full_ms / expected.arkvale_ms:.2f}"),
     ]
@@ -217,7 +249,7 @@ def flags(config: ArkValeConfig, expected: Expectation, machine: Machine, tp: in
         "--kv-policy arkvale",
         f"--page-size {config.page_size}",
         f"--mem-fraction-static {machine.memory_share:g}",
-        f"--arkvale-host-memory {tp * pool.host_bytes / GIB:.6g}",
+        f"--arkvale-host-memory {math.ceil(1e6 * tp * pool.host_bytes / GIB) / 1e6:.10g}",
         f"--arkvale-device-tokens {pool.frames * config.page_size}",
         f"--arkvale-budget {config.budget}",
     ]
@@ -261,8 +293,24 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuse numbers that no machine or load has."""
+    for name in (
+        "device_memory", "host_memory", "device_bandwidth", "link_bandwidth", "memory_share",
+        "context", "concurrency", "tp",
+    ):  # fmt: skip
+        if not getattr(options, name) > 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise ArkValeError(f"{flag} is {getattr(options, name)}; make it positive.")
+    for name in ("memory_share", "hit_rate"):
+        if not 0 <= getattr(options, name) <= 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ArkValeError(f"{flag} is {getattr(options, name)}; make it a share from 0 to 1.")
+
+
 def run(options: argparse.Namespace) -> str:
     """The text that ``arkvale plan`` prints."""
+    _check(options)
     config = ArkValeConfig(
         page_size=options.page_size, budget=options.budget, top_k=options.top_k,
         head_groups=options.head_groups, dense_layers=options.dense_layers,
@@ -277,9 +325,9 @@ def run(options: argparse.Namespace) -> str:
         options.link_bandwidth, options.memory_share,
     )  # fmt: skip
     load = Load(options.context, options.concurrency, options.hit_rate)
-    each = BYTES[options.weights] if options.weights else model.dtype.itemsize
-    weight_bytes = int(model.parameters * each) // options.tp
+    weight_bytes = model.weight_bytes(options.weights, options.tp)
     expected = expect(config, model, weight_bytes, machine, load, options.tp)
     table = "\n".join(f"  {name:40s} {value:>28s}" for name, value in lines(expected, config, load))
     head = f"  on each of {options.tp} ranks\n" if options.tp > 1 else ""
-    return f"{head}{table}\n\n  {flags(config, expected, machine, options.tp)}"
+    dtype = f" --dtype {options.dtype}" if options.dtype else ""
+    return f"{head}{table}\n\n  {flags(config, expected, machine, options.tp)}{dtype}"

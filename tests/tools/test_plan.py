@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import planning
 from arkvale_sglang.cli import main as command
-from arkvale_sglang.cli.plan import Load, Machine, Model, expect
+from arkvale_sglang.cli.plan import Load, Machine, Model, expect, flags
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +102,8 @@ def test_ranks_share_the_heads_and_the_host_memory(monkeypatch, capsys):
         (("nowhere",), "cannot be read as a model's config.json"),
         ((str(NEEDLE), "--budget", "32"), "--arkvale-budget 32 leaves no page"),
         ((str(NEEDLE), "--dense-layers", "3"), "leaves none of the model's 3 layers"),
+        ((str(NEEDLE), "--hit-rate", "1.5"), "--hit-rate is 1.5; make it a share"),
+        ((str(NEEDLE), "--tp", "0"), "--tp is 0; make it positive"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_sentence(monkeypatch, capsys, words, said):
@@ -118,6 +120,44 @@ def test_a_config_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
     with pytest.raises(ArkValeError, match="num_attention_heads"):
         Model.from_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"num_local_experts": 8}, "experts"),
+        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "beside full attention"),
+    ],
+)
+def test_a_model_whose_weights_or_cache_it_cannot_count_is_refused(tmp_path, extra, said):
+    config = json.loads((NEEDLE / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **extra}))
+    with pytest.raises(ArkValeError, match=said):
+        Model.from_config(tmp_path)
+
+
+def test_quantised_weights_keep_their_embeddings():
+    """8B: 1.05 of 8.03 billion parameters are embeddings, of 2 bytes each."""
+    assert MODEL.weight_bytes("int4", 1) == pytest.approx(0.5 * 6.979e9 + 2 * 1.051e9, rel=1e-3)
+    assert MODEL.weight_bytes("bfloat16", 2) == MODEL.parameters
+
+
+@pytest.mark.parametrize("host", [64.0, 128.0, 37.123456])
+def test_the_flags_hold_as_many_pages_as_were_planned(host):
+    config = ArkValeConfig(host_memory=host)
+    machine = dataclasses.replace(MACHINE, host_memory=host + 1)
+    expected = expect(config, MODEL, WEIGHTS, machine, Load(131_072, 1, 0.95))
+    named = re.search(r"--arkvale-host-memory (\S+)", flags(config, expected, machine, 1))[1]
+    again = dataclasses.replace(config, host_memory=float(named))
+    pool = expect(again, MODEL, WEIGHTS, machine, Load(131_072, 1, 0.95)).pool
+    assert pool.logical_pages == expected.pool.logical_pages
+
+
+def test_more_requests_than_fit_are_called_that(monkeypatch, capsys):
+    words = (str(NEEDLE), *FLAGS, "--dense-layers", "0", "--concurrency")
+    assert "(do not fit)" in plan(monkeypatch, capsys, *words, "100000")[1]
+    assert "(do not fit)" not in plan(monkeypatch, capsys, *words, "1")[1]
 
 
 def test_the_page_is_what_the_code_computes(tmp_path, monkeypatch):
