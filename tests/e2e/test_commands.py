@@ -29,6 +29,8 @@ RUN_BY = {
     "arkvale plan": "tests/tools/test_plan.py",
     "make bench": "test_the_benchmark_fills_its_page_from_its_rows",
     "make bench-smoke": "test_the_benchmark_fills_its_page_from_its_rows",
+    "make chaos": "test_chaos_counts_its_events_and_replays_a_world, tests/e2e/test_life.py",
+    "make soak": "test_the_soak_samples_every_process_of_a_server",
     "python benchmarks/gpu_check.py": "test_the_gpu_check_is_right_in_the_interpreter",
     "python benchmarks/gpu_e2e.py": "the CPU run in tests/e2e/test_gpu_scripts.py",
     "python benchmarks/offline_wheels.py": "tests/e2e/test_gpu_scripts.py, on small wheels",
@@ -141,6 +143,34 @@ def test_the_benchmark_fills_its_page_from_its_rows(tmp_path):
     assert {path.name for path in tmp_path.glob("images/*.png")} == {
         "performance_follow_up.png", "performance_steps.png",
     }  # fmt: skip
+
+
+def test_chaos_counts_its_events_and_replays_a_world():
+    chaos = ("make", "chaos", f"PYTHON={sys.executable}")
+    done = run(*chaos, "ARGS=--seed 3 --events 480 --storms 0", seconds=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    told = done.stdout
+    assert told.startswith('seed 3; all events again by  make chaos ARGS="--seed 3"')
+    kinds = re.findall(r"^  ([a-z ]+\S) +([\d,]+)$", told, re.MULTILINE)
+    total = sum(int(count.replace(",", "")) for _, count in kinds)
+    assert total >= 480 and f"{total:,} events in" in told and "no law broken" in told
+    again = run(*chaos, "ARGS=--world 3000000", seconds=300)
+    assert again.returncode == 0 and "\n159: " in again.stdout and "is sound" in again.stdout
+
+
+def test_the_soak_samples_every_process_of_a_server(tmp_path):
+    done = run(
+        "make", "soak", f"PYTHON={sys.executable}",
+        f"ARGS=--minutes 0.2 --every 2 --out {tmp_path}", seconds=400,
+    )  # fmt: skip
+    assert done.returncode == 0 and "no verdict" in done.stdout, done.stdout[-3000:]
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["requests"] > 0 == found["failed"] and found["pages_recalled"] > 0
+    assert found["commit"] and found["machine"]["cores"] and found["versions"]["sglang"]
+    header, *rows = (tmp_path / "soak.csv").read_text().splitlines()
+    assert len(rows) == 6 and (tmp_path / "soak.png").stat().st_size > 10000
+    for column in ("scheduler rss_mib", "detokenizer files", "python threads", "ms_per_token"):
+        assert column in header.split(",")
 
 
 def test_training_stops_resumes_and_exports(tmp_path):

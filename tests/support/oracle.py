@@ -125,8 +125,9 @@ def causal_attention(
     unseen = np.arange(len(keys)) > prefix + np.arange(len(query))[:, None]
     out = np.empty((*query.shape[:2], values.shape[2]))
     for head in range(query.shape[1]):
-        logits = query[:, head] @ keys[:, head // per_kv].T * scaling
+        logits = np.einsum("qd,kd->qk", query[:, head], keys[:, head // per_kv]) * scaling
         logits[unseen] = -np.inf
         weights = np.exp(logits - logits.max(1, keepdims=True))
-        out[:, head] = weights @ values[:, head // per_kv] / weights.sum(1, keepdims=True)
+        weights /= weights.sum(1, keepdims=True)
+        out[:, head] = np.einsum("qk,kd->qd", weights, values[:, head // per_kv])
     return out
