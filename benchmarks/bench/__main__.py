@@ -44,6 +44,8 @@ class Scale:
     budgets: tuple[int, ...]
     others: int
     """Context at which the GQA model and dense layers are measured."""
+    profiled: tuple[int, ...]
+    """Contexts of which a step's parts are told."""
     follow_ups: tuple[int, ...]
     loads: tuple[throughput.Load, ...]
     prefill_factors: tuple[int, ...]
@@ -56,14 +58,16 @@ SECTIONS = (
 )  # fmt: skip
 DEFAULT = Scale(
     contexts={
-        512: (1, 4, 8), 2 * K: (1, 4, 8), 4 * K: (1,), 8 * K: (1, 4, 8), 16 * K: (1, 4),
-        32 * K: (1,), 64 * K: (1,),
+        512: (1, 4, 8), 2 * K: (1, 4, 8), 4 * K: (1, 4, 8), 8 * K: (1, 4, 8),
+        16 * K: (1, 4, 8), 32 * K: (1,), 64 * K: (1,),
     },
-    budgets=(512, 1024, 2048, 4096), others=32 * K, follow_ups=(K, 4 * K, 16 * K, 32 * K),
+    budgets=(512, 1024, 2048, 4096), others=32 * K, profiled=(4 * K, 32 * K, 64 * K),
+    follow_ups=(K, 4 * K, 16 * K, 32 * K),
     loads=throughput.LOADS, prefill_factors=(1, 2, 4, 8), rounds=3, sections=SECTIONS,
 )  # fmt: skip
 QUICK = Scale(
-    contexts={512: (1,), 8 * K: (1, 4)}, budgets=(1024,), others=8 * K, follow_ups=(8 * K,),
+    contexts={512: (1,), 8 * K: (1, 4)}, budgets=(1024,), others=8 * K, profiled=(8 * K,),
+    follow_ups=(8 * K,),
     loads=(dataclasses.replace(throughput.LOADS[1], chats=8, new=32),),
     prefill_factors=(1, 4), rounds=1,
     sections=("under_budget", "decode", "follow_up", "throughput", "steps"),
@@ -79,6 +83,7 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
     """Rows of the result, as they come."""
     mha = make_model(folder / "mha", layers=LAYERS, kv_heads=8)
     one = {scale.others: (1,)}
+    repeats = min(2, scale.rounds)  # of what takes minutes
     for number, name in enumerate(chosen, 1):
         log(f"section {number} of {len(chosen)}: {name}")
         match name:
@@ -97,11 +102,11 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
             case "follow_up":
                 yield from latency.follow_ups(mha, scale.follow_ups, scale.rounds, log)
             case "prefill":
-                yield from latency.prefilling(mha, 4 * K, scale.prefill_factors, 1, log)
+                yield from latency.prefilling(mha, 4 * K, scale.prefill_factors, repeats, log)
             case "throughput":
-                yield from throughput.throughput(mha, scale.loads, 1, log)
+                yield from throughput.throughput(mha, scale.loads, repeats, log)
             case "steps":
-                yield from steps.breakdown(mha, scale.others, LAYERS, log)
+                yield from steps.breakdown(mha, scale.profiled, LAYERS, log)
             case "watching":
                 yield from latency.watching(mha, 4 * scale.rounds, log)
 

@@ -76,10 +76,11 @@ def _grid(
     context, batch = len(prompts[0]), len(prompts)
     stock: list[float] = []
     ours: dict[int, list[float]] = {budget: [] for budget in budgets}
-    for side, server in both.each():
+    for _, server in both.each():
         for tokens in prompts:  # one by one: prefill is not what is measured here
             first_token(server, tokens)
-        for _ in range(rounds):
+    for _ in range(rounds):
+        for side, server in both.each():
             if side == "stock":
                 stock.append(per_token(server, prompts, DECODED))
                 continue
@@ -101,10 +102,11 @@ def follow_ups(model: Path, contexts: Sequence[int], rounds: int, log: Log) -> I
         for context in contexts:
             history = prompt(context, context)
             times: dict[str, list[float]] = {"stock": [], "arkvale": []}
-            for side, server in both.each():
+            for _, server in both.each():
                 first_token(server, history)
-                for turn in range(rounds):
-                    message = prompt(FOLLOW_UP, (context, turn))
+            for turn in range(rounds):
+                message = prompt(FOLLOW_UP, (context, turn))
+                for side, server in both.each():
                     times[side].append(first_token(server, [*history, *message]))
             yield row("follow_up", times, log, "ms", context=context, budget=1024)
 
@@ -112,7 +114,10 @@ def follow_ups(model: Path, contexts: Sequence[int], rounds: int, log: Log) -> I
 def under_budget(model: Path, rounds: int, log: Log) -> Iterator[Row]:
     """Decode and prefill where everything fits and nothing is evicted."""
     roomy = ["--max-total-tokens", "16384"]
-    arkvale = [*ARKVALE, *roomy, "--arkvale-budget", "4096", "--arkvale-host-memory", "1"]
+    arkvale = [
+        *ARKVALE, *roomy, "--arkvale-budget", "4096", "--arkvale-host-memory", "1",
+        "--arkvale-dense-layers", "0",
+    ]  # fmt: skip
     with sides(model, roomy, arkvale) as both:
         for case, context in (("under_budget_decode", 512), ("under_budget_prefill", 2048)):
             times: dict[str, list[float]] = {"stock": [], "arkvale": []}
@@ -144,6 +149,8 @@ def prefilling(
     large = [*shared, "--arkvale-device-tokens", str(2 * most)]
     small = [*shared, "--arkvale-device-tokens", str(device_tokens)]
     with sides(model, large, small) as both:
+        for _, server in both.each():  # memory that was never touched is slow on any side
+            first_token(server, prompt(most, "first"))
         for factor in factors:
             context = device_tokens * factor
             times: dict[str, list[float]] = {"stock": [], "arkvale": []}

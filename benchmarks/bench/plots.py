@@ -8,9 +8,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import figures
+from bench import throughput
 from bench.sides import Row
 
-LOADS = ("long_prompts", "shared_prefix", "returning_chats")
+LOADS = tuple(load.case for load in throughput.LOADS)
 
 
 def draw(rows: list[Row], docs: Path) -> None:
@@ -93,12 +94,18 @@ def _throughput(rows: list[Row]) -> Figure:
 
 
 def _steps(rows: list[Row]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 1.8))
-    left = 0.0
-    for row in rows:
-        axes.barh(0, row["arkvale"], left=left, label=row["part"])
-        left += row["arkvale"]
-    axes.set_yticks([])
-    axes.set_xlabel(f"ms of a decode step at {rows[0]['context']:,} tokens")
+    contexts = sorted({row["context"] for row in rows}, reverse=True)
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.6 * len(contexts)))
+    left = dict.fromkeys(contexts, 0.0)
+    for part in dict.fromkeys(row["part"] for row in rows):
+        spent = {row["context"]: row["arkvale"] for row in rows if row["part"] == part}
+        axes.barh(
+            range(len(contexts)), [spent[context] for context in contexts],
+            left=list(left.values()), label=part,
+        )  # fmt: skip
+        left = {context: left[context] + spent[context] for context in contexts}
+    axes.set_yticks(range(len(contexts)), [f"{context:,}" for context in contexts])
+    axes.set_ylabel("context, tokens")
+    axes.set_xlabel("ms of a decode step")
     axes.legend(fontsize=7, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure

@@ -141,7 +141,10 @@ def peak_bytes(server: Server) -> int:
 
 
 def row(case: str, times: dict[str, list[float]], log: Log, unit: str, **where: Any) -> Row:
-    """A line of the result: medians, the median ratio of the rounds, and its spread."""
+    """A line of the result: medians, the median ratio of the rounds, its spread, and every round.
+
+    A round holds both sides, one after the other, so that a ratio compares neighbours in time.
+    """
     ratios = sorted(
         theirs / ours for theirs, ours in zip(times["stock"], times["arkvale"], strict=True)
     )
@@ -152,6 +155,7 @@ def row(case: str, times: dict[str, list[float]], log: Log, unit: str, **where: 
         "arkvale": round(statistics.median(times["arkvale"]), 3),
         "ratio": round(statistics.median(ratios), 3),
         "spread": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "rounds": {side: [round(time, 3) for time in own] for side, own in times.items()},
         "unit": unit,
     }
     log(

@@ -20,7 +20,9 @@ from bench.sides import ARKVALE, Log, Row, body, prompt, row, sides, together
 
 DEVICE_TOKENS = 8192
 """On either side: stock's whole pool, and the frames of the policy."""
-BUDGET = 256
+BUDGET = 512
+PAGE = 64
+"""Room for the page that each chat leaves unfilled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +44,26 @@ class Load:
         """Tokens of a chat's first prompt."""
         return self.shared + self.message
 
+    @property
+    def tokens(self) -> int:
+        """All that the chats come to hold, shared documents once."""
+        documents = 1 if self.turns == 1 else self.chats
+        return documents * self.shared + self.chats * self.turns * (self.message + self.new)
+
 
 LOADS = (
-    Load("long_prompts", chats=16, shared=0, message=4000, new=512),
+    Load("long_prompts", chats=16, shared=0, message=4000, new=384),
     Load("shared_prefix", chats=25, shared=6000, message=200, new=128),
-    Load("returning_chats", chats=16, shared=4000, message=100, new=64, turns=3),
+    Load("returning_chats", chats=16, shared=4000, message=100, new=64, turns=2),
 )
 
 
 def throughput(model: Path, loads: Sequence[Load], rounds: int, log: Log) -> Iterator[Row]:
     """Seconds for each load, with tokens per second and latencies."""
     stock = ["--max-total-tokens", str(DEVICE_TOKENS)]
+    most = max(load.tokens + load.chats * PAGE for load in loads)
     arkvale = [
-        *ARKVALE, "--max-total-tokens", "262144", "--arkvale-budget", str(BUDGET),
+        *ARKVALE, "--max-total-tokens", str(most), "--arkvale-budget", str(BUDGET),
         "--arkvale-device-tokens", str(DEVICE_TOKENS), "--arkvale-host-memory", "3",
         "--arkvale-dense-layers", "0",
     ]  # fmt: skip
@@ -80,6 +89,7 @@ def throughput(model: Path, loads: Sequence[Load], rounds: int, log: Log) -> Ite
                     )
                 },
                 "load": dataclasses.asdict(load),
+                "bytes": both.arkvale.arkvale()["bytes"],
             }
         must_have_evicted(both.arkvale)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import report
 from quality import results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,21 +128,25 @@ def test_the_quality_command_fills_its_page_from_its_csv(tmp_path):
 def test_the_benchmark_fills_its_page_from_its_rows(tmp_path):
     done = run(
         "make", "bench-smoke", f"PYTHON={sys.executable}",
-        f"ARGS=--quick --only steps --only follow_up --out {tmp_path} --docs {tmp_path}",
+        f"ARGS=--quick --only steps --only under_budget --out {tmp_path} --docs {tmp_path}",
         seconds=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    follow_up, *steps = sorted(rows, key=lambda row: row["case"])
-    assert follow_up["ratio"] > 1 and follow_up["context"] == 8192
+    steps = report.of(rows, "step", context=8192)
+    under_budget = [row for row in rows if row["case"] != "step"]
+    assert [row["case"] for row in under_budget] == [
+        "under_budget_decode", "under_budget_prefill",
+    ]  # fmt: skip
     parts = {row["part"]: row["arkvale"] for row in steps}
     assert min(parts[part] for part in ("append", "score", "select", "resolve", "attend")) > 0
     assert 0 < parts["rest"] < sum(parts.values())
     page = (tmp_path / "performance.md").read_text()
-    assert f"| {follow_up['stock']:,.2f} | {follow_up['arkvale']:,.2f} |" in page
+    for row in under_budget:
+        assert f"| {row['stock']:,.2f} | {row['arkvale']:,.2f} |" in page
     assert "Not measured in this run." in page
     assert {path.name for path in tmp_path.glob("images/*.png")} == {
-        "performance_follow_up.png", "performance_steps.png",
+        "performance_steps.png",
     }  # fmt: skip
 
 

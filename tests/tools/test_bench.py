@@ -36,16 +36,32 @@ def test_targets_are_judged_by_what_was_found():
         row("decode", [50.0], [8.0], context=4096),
         row("decode", [50.0], [10.5], context=65_536),
         row("under_budget_decode", [4.0], [4.04], context=512),
-        row("long_prompts", [100.0], [20.0], context=4000, batch=32),
+        row("long_prompts", [100.0], [20.0], context=4000, batch=16),
+        row("shared_prefix", [100.0], [10.0], context=6200, batch=8),
     ]
     lines = report.targets_table(rows).splitlines()
     found = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
-    assert "5.00 times stock's speed" in found["decode at 32K, budget 1K, batch 1"]
+    assert "5.00 (5.00 to 5.00) times stock's speed" in found["decode at 32K, budget 1K, batch 1"]
     assert found["decode at 32K, budget 1K, batch 1"].endswith("| **no** |")
     assert found["cost of a token at budget 1K, 64K over 4K"].endswith("| **no** |")
     assert found["decode under the budget"].endswith("| yes |")
     assert found["throughput, long prompts"].endswith("| yes |")
-    assert found["throughput, shared prefix"].endswith("| - |")
+    assert found["throughput, shared prefix"].endswith("| - |"), "a smaller load proves nothing"
+
+
+def test_a_target_among_the_rounds_is_met_or_missed_within_the_noise():
+    stock = [5.0, 5.0, 5.0, 5.0]
+    lines = report.targets_table(
+        [
+            row("under_budget_decode", stock, [4.0, 5.05, 5.05, 50.0], context=512),
+            row("under_budget_prefill", stock, [4.0, 4.9, 5.6, 5.7], context=2048),
+            row("follow_up", [100.0, 100.0, 100.0], [1.0, 1.1, 1.2]),
+        ]
+    ).splitlines()
+    found = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    assert found["decode under the budget"].endswith("| yes, within the noise |")
+    assert found["prefill under the budget"].endswith("| **no**, within the noise |")
+    assert found["follow-up turn on 32K cached"].endswith("| yes |")
 
 
 def test_the_cost_of_being_watched_is_shown_and_judged():
@@ -77,10 +93,8 @@ def test_shares_of_a_step_come_from_its_named_parts():
 @pytest.mark.parametrize("load", throughput.LOADS, ids=lambda load: load.case)
 def test_stock_cannot_hold_a_load_at_once(load):
     """Else nothing queues and nothing is recomputed; one chat must fit, or nothing runs."""
-    own = load.turns * (load.message + load.new)
-    assert load.shared + own <= throughput.DEVICE_TOKENS
-    documents = 1 if load.turns == 1 else load.chats
-    assert documents * load.shared + load.chats * own > throughput.DEVICE_TOKENS
+    own = load.shared + load.turns * (load.message + load.new)
+    assert own <= throughput.DEVICE_TOKENS < load.tokens
 
 
 def test_the_page_is_made_from_the_committed_rows(tmp_path):
