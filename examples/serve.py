@@ -52,7 +52,7 @@ def main() -> int:
     if named(flags).model_path is None:
         flags = [*SMALL, *flags]
     if named(flags).port is None:
-        flags += ["--port", str(free_port())]
+        flags += ["--port", str(free_port(30000))]  # where SGLang and `arkvale top` look first
     url = f"http://127.0.0.1:{named(flags).port}"
     print(
         "starting; once the log says the server is ready, try\n\n"

@@ -156,8 +156,14 @@ class Server:
         return self.get("/server_info")["internal_states"][0]["arkvale"]
 
 
-def free_port() -> int:
-    """A local port that nobody listens on; SGLang derives others from it, so stay well inside."""
+def free_port(preferred: int | None = None) -> int:
+    """A local port that nobody listens on, the preferred one if it is free; SGLang derives others
+    from it, so stay well inside."""
+    if preferred is not None:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", preferred))
+            return preferred
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
