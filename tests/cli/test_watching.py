@@ -7,6 +7,7 @@ import contextlib
 import http.server
 import json
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from arkvale_sglang.cli.main import main
 from arkvale_sglang.config.settings import ArkValeError
 from arkvale_sglang.runtime.publish import STATS, Publisher
 
+HEADER = json.dumps({"format": "arkvale-stream", "version": 1})
 POLICY = {"settings": {"budget": 256, "page_size": 16}}
 
 
@@ -45,6 +47,13 @@ def answering(state: object, code: int = 200) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def states(**arkvale) -> dict:
@@ -93,23 +102,22 @@ def test_a_server_that_goes_away_ends_a_recording_with_what_came(tmp_path, capsy
     monkeypatch.setattr(stream, "_QUIET_SECONDS", 0.3)
     publisher = Publisher(None)
     path = tmp_path / "file"
+    path.write_text(HEADER + '\n{"topic": "st')  # an earlier recording that crashed
     with answering(states(stream=publisher.endpoint)) as url:
         recording = threading.Thread(target=main, args=(["record", url, str(path)],))
         recording.start()
-        while not publisher.wants(STATS):
-            publisher.poll()
+        until(lambda: (publisher.poll(), publisher.wants(STATS))[1])
         publisher.send(STATS, {"time": 1.0})
-        while not path.exists() or path.read_bytes().count(b"\n") < 2:
-            pass
+        until(lambda: path.read_bytes().endswith(b'"time": 1.0}\n'))
     recording.join(30)
     publisher.close()
     assert "1 messages written" in (out := capsys.readouterr().out) and "does not answer" in out
-    assert record.read(path).stats == [{"topic": "stats", "sequence": 0, "time": 1.0}]
+    found = record.read(path)
+    assert found.stats == [{"topic": "stats", "sequence": 0, "time": 1.0}]
+    assert found.broken == 1 and len(found.servers) == 2
 
 
 # -- files -----------------------------------------------------------------------------------
-
-HEADER = json.dumps({"format": "arkvale-stream", "version": 1})
 
 
 def page(rid: str, tokens: int, states: list[list[list[int]]]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 
 import figures
 import pages
-from bench import report, sides, steps, throughput
+from arkvale_sglang.runtime.publish import STATS, Publisher
+from bench import latency, report, sides, steps, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks/results/bench.json"
@@ -72,6 +75,42 @@ def test_the_cost_of_being_watched_is_shown_and_judged():
     assert judged.startswith("| decode while watched | 1.0") and judged.endswith("| yes |")
     rows = [row("watching", [10.0], [10.3], context=8192)]
     assert report.targets_table(rows).endswith("| **no** |")
+
+
+def test_watched_and_unwatched_take_turns_and_a_silent_stream_voids_them(monkeypatch):
+    publisher, turns = Publisher(None), []
+
+    class Server:
+        def __init__(self, name: str):
+            self.name = name
+
+        def arkvale(self) -> dict:
+            return {"stream": publisher.endpoint, "pages_evicted": 1}
+
+        def paused(self):
+            return contextlib.nullcontext()
+
+    def per_token(server, prompts, new):
+        turns.append(server.name)
+        publisher.poll()
+        publisher.send(STATS, {})
+        time.sleep(0.05)
+        return 10.0 if server.name == "unwatched" else 10.1
+
+    @contextlib.contextmanager
+    def both(model, stock, arkvale):
+        assert "off" in stock and "--enable-metrics" in arkvale and "off" not in arkvale
+        yield sides.Sides(Server("unwatched"), Server("watched"))
+
+    monkeypatch.setattr(latency, "sides", both)
+    monkeypatch.setattr(latency, "per_token", per_token)
+    (found,) = latency.watching(ROOT, 3, lambda _: None)
+    assert turns == ["unwatched", "watched"] * 6
+    assert found["case"] == "watching" and found["ratio"] == pytest.approx(10 / 10.1, abs=1e-3)
+    monkeypatch.setattr(publisher, "send", lambda *_: None)
+    with pytest.raises(RuntimeError, match="0 messages came"):
+        list(latency.watching(ROOT, 3, lambda _: None))
+    publisher.close()
 
 
 def test_shares_of_a_step_come_from_its_named_parts():
