@@ -154,6 +154,8 @@ class Wiring:
             plan=self.plan,
             config=self.config,
         )
+        if self.pool.cache.checksums is not None:
+            self.pool.cache.checksums.fail = _end
         return self.pool
 
     def build_allocator(
@@ -192,8 +194,6 @@ class Wiring:
                 f"{type(pool).__name__} and {type(allocator).__name__}; report this, and serve "
                 "with --kv-policy full meanwhile."
             )
-        if self.pool.cache.checksums is not None:
-            self.pool.cache.checksums.fail = _end
         logger.info("arkvale: %s", self.plan.describe())
 
     def check_backend(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
