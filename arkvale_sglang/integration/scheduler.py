@@ -174,6 +174,8 @@ class Wiring:
                 plan=self.plan,
                 config=self.config,
             )
+        if self.pool.cache.checksums is not None:
+            self.pool.cache.checksums.fail = _end
         return self.pool
 
     def build_allocator(
@@ -212,9 +214,6 @@ class Wiring:
                 f"{type(pool).__name__} and {type(allocator).__name__}; report this, and serve "
                 "with --kv-policy full meanwhile."
             )
-        checksums = pool.cache.checksums
-        if checksums is not None:
-            checksums.fail = _end
         logger.info("arkvale: %s", self.plan.describe())
 
     def check_backend(self, result: None, runner: Any, *args: Any, **kwargs: Any) -> None:

@@ -114,7 +114,7 @@ def result(
 def tell(found: dict[str, Any]) -> int:
     """Print the verdict; returns the exit code."""
     for row in found["judged"]:
-        word = "GREW" if row["grew"] else "ok"
+        word = {True: "GREW", False: "ok", None: "not told: other work changed"}[row["grew"]]
         print(
             f"  {row['column']:32s} {row['middle']:10.2f} -> {row['last']:10.2f}  "
             f"(allowed +{row['allowed']:.2f})  {word}"
@@ -128,7 +128,11 @@ def tell(found: dict[str, Any]) -> int:
     if found["grew"]:
         print(f"FAILED: {', '.join(found['grew'])} grew; see the plot for since when")
         return 1
-    print(f"nothing grew in {found['minutes']:.0f} minutes, {found['requests']:,} requests")
+    untold = [row["column"] for row in found["judged"] if row["grew"] is None]
+    if untold:
+        print(f"{', '.join(untold)}: not told, since other work kept more or fewer cores busy")
+    word = "nothing else grew" if untold else "nothing grew"
+    print(f"{word} in {found['minutes']:.0f} minutes, {found['requests']:,} requests")
     return 0
 
 

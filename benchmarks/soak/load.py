@@ -17,7 +17,7 @@ FLAGS = (
     "--arkvale-device-tokens", "1024", "--max-total-tokens", "8192",
     "--arkvale-host-memory", "0.25", "--arkvale-dense-layers", "1",
     "--chunked-prefill-size", "256", "--max-running-requests", "8", "--random-seed", "1",
-    "--log-level", "warning",
+    "--log-level", "warning", "--sleep-on-idle",
 )  # fmt: skip
 """Frames for an eighth of the logical pages: pages are evicted and recalled all the time."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}

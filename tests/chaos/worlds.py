@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from arkvale_sglang.config.settings import DIGESTS, HEAD_REDUCES, SELECTIONS, ArkValeConfig
-from arkvale_sglang.runtime import prefill
+from arkvale_sglang.runtime import prefix
 from arkvale_sglang.runtime.checksums import TransferError
 from support import oracle
 from support.engine import FakeEngine, Step
@@ -98,7 +98,7 @@ class World:
     def run(self, events: int = EVENTS) -> None:
         """Draw and run so many events, checking after each."""
         self.log(f"{self.fake.config} {self.fake.cache.plan.describe()}")
-        before, prefill.STAGING_TOKENS = prefill.STAGING_TOKENS, self.staging
+        before, prefix.STAGING_TOKENS = prefix.STAGING_TOKENS, self.staging
         try:
             for number in range(events):
                 name, act = self._draw()
@@ -109,7 +109,7 @@ class World:
             if self.fake.cache.checksums is not None:
                 self._poison()
         finally:
-            prefill.STAGING_TOKENS = before
+            prefix.STAGING_TOKENS = before
 
     # -- what may happen ---------------------------------------------------------------------
 

@@ -187,12 +187,12 @@ def test_a_subscriber_that_stands_still_loses_messages_and_holds_up_nobody(publi
         lively.socket.setsockopt(zmq.RCVHWM, 0)
         time.sleep(0.3)
         publisher.poll()
-        heard, begin = 0, time.monotonic()
+        heard = 0
         for number in range(3 * HIGH_WATER):
             publisher.send(PAGES, {"number": number}, bytes(100_000))
-            heard += len(lively.messages(0))
-        assert time.monotonic() - begin < 60
-        heard += len(lively.messages())
+            if lively.socket.poll(10_000):
+                lively.socket.recv_multipart()
+                heard += 1
         assert publisher.dropped > 0 and heard == 3 * HIGH_WATER
     finally:
         still.kill()

@@ -17,6 +17,7 @@ SOUND = {
     "scheduler threads": 35,
     "cpu_ms_per_token": 4.0,
     "ms_per_token": 9.0,
+    "other_cores_busy": 0.5,
 }
 
 
@@ -41,7 +42,11 @@ def grew(samples: list[dict[str, float]]) -> set[str]:
 
 def test_noise_and_warm_up_are_no_growth():
     judged = trend.judge(run(60))
-    assert {row["column"] for row in judged} == set(SOUND) - {"minute", "requests"}
+    assert {row["column"] for row in judged} == set(SOUND) - {
+        "minute",
+        "requests",
+        "other_cores_busy",
+    }
     assert not grew(run(60))
 
 
@@ -57,6 +62,15 @@ def test_noise_and_warm_up_are_no_growth():
 )
 def test_a_leak_is_found(column, each):
     assert grew(run(60, **{column.replace(" ", "__"): each})) == {column}
+
+
+def test_times_are_not_told_while_other_work_changes():
+    """Memory still is."""
+    samples = run(60, ms_per_token=0.3, scheduler__rss_mib=2.0)
+    for sample in samples[40:]:
+        sample["other_cores_busy"] = 1.5
+    verdict = {row["column"]: row["grew"] for row in trend.judge(samples)}
+    assert verdict["ms_per_token"] is None and verdict["scheduler rss_mib"] is True
 
 
 def test_a_few_odd_minutes_do_not_decide():
