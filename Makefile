@@ -33,9 +33,13 @@ lint: setup
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
+# Tests and chaos: one thread a process.  Threads that wait for each other in every op are slower than
+# one where two processes share two cores.
+ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
 test: setup lint
 	@$(PYTHON) setup_env.py --release all
-	@log=$$(mktemp); \
+	@log=$$(mktemp); export $(ONE_THREAD); \
 	$(RUN) -m pytest $(KERNEL_TESTS) >$$log 2>&1 & kernels=$$!; \
 	$(RUN) -m pytest $(OTHER_TESTS); others=$$?; \
 	wait $$kernels; kernels=$$?; cat $$log; rm -f $$log; exit $$((kernels + others))
@@ -55,9 +59,8 @@ bench-smoke: bench
 soak: setup
 	@PYTHONPATH=examples:benchmarks $(RUN) -m soak $(ARGS)
 
-# One thread a process: threads that wait for each other in every op are slower than one here.
 chaos: setup
-	@PYTHONPATH=examples:tests OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m chaos $(ARGS)
+	@PYTHONPATH=examples:tests $(ONE_THREAD) $(RUN) -m chaos $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info
