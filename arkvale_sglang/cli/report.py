@@ -30,6 +30,9 @@ def table(report: Mapping[str, Any]) -> str:
     lines = []
     for label, name in ROWS:
         value = report[name]
-        text = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+        if value is None:  # the hit rate before any page was wanted
+            text = "-"
+        else:
+            text = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
         lines.append(f"  {label:32s} {text:>14s}")
     return "\n".join(lines)

@@ -161,7 +161,8 @@ def _requests(now: Header) -> Group:
         speed = one["ms_per_token"]
         table.add_row(
             one["rid"],
-            *(f"{one[name]:,}" for name in ("tokens", "pages", "budget")),
+            *(f"{one[name]:,}" for name in ("tokens", "pages")),
+            "full" if one["budget"] is None else f"{one['budget']:,}",
             "-" if speed is None else f"{speed:.1f}",
         )
     return Group(Text(), table)

@@ -245,7 +245,16 @@ class ArkValeConfig:
             settings = dataclasses.replace(self, **own)
         except ArkValeError as error:
             raise ArkValeError(f"custom_params['arkvale']: {error}") from None
-        return self if settings == self else settings
+        return self if settings == self else settings._in_whole_pages()
+
+    def _in_whole_pages(self) -> ArkValeConfig:
+        """The same pages: requests that come to the same have equal settings and run together."""
+        top_k, size = self.top_k, self.page_size
+        return dataclasses.replace(
+            self,
+            budget=self.budget_pages * size,
+            top_k=None if top_k is None else max(1, top_k // size) * size,
+        )
 
     def as_reported(self) -> dict[str, str | int]:
         """What a request is served with, under the names it asks by; tokens are whole pages."""

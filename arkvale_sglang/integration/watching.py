@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from arkvale_sglang.config.settings import STREAM_OFF, ArkValeConfig
@@ -13,6 +14,8 @@ from arkvale_sglang.runtime.broadcast import Batch, Broadcast
 from arkvale_sglang.runtime.cache import PagedCache
 from arkvale_sglang.runtime.counters import Snapshot
 from arkvale_sglang.runtime.publish import Publisher
+
+logger = logging.getLogger(__name__)
 
 
 class Watching:
@@ -66,12 +69,21 @@ class Watching:
                 requests.settings_of(forward_batch),
                 runner.attn_backend.forward_metadata,
             )
-        self._broadcast.after_pass(batch)
+        self._tell(lambda broadcast: broadcast.after_pass(batch))
 
     def before_idling(self, scheduler: Any) -> None:
         """Whenever the scheduler finds nothing to run, before it may sleep."""
-        if self._broadcast is not None:
-            self._broadcast.idle()
+        self._tell(Broadcast.idle)
+
+    def _tell(self, what: Callable[[Broadcast], None]) -> None:
+        """Requests must not end with what only shows them: after a failure nothing is told."""
+        if self._broadcast is None:
+            return
+        try:
+            what(self._broadcast)
+        except Exception:
+            logger.exception("arkvale: metrics and stream end here; requests go on.")
+            self._broadcast = None
 
 
 class DecodeLine(logging.Filter):

@@ -11,7 +11,7 @@ from arkvale_sglang.config.settings import ArkValeConfig
 from arkvale_sglang.core.sizing import PoolPlan
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def selection_rule(config: ArkValeConfig) -> SelectionRule:
     """The settings as the select op takes them, in pages."""
     return SelectionRule(

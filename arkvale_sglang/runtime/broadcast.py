@@ -52,6 +52,7 @@ class _Copied(NamedTuple):
     rids: list[str]
     lengths: list[int]
     pages: list[int]
+    waves: int
     time: float
 
 
@@ -183,7 +184,7 @@ class Broadcast:
                     "rid": rid,
                     "tokens": tokens,
                     "pages": -(-tokens // size),
-                    "budget": settings.budget,
+                    "budget": None if settings.policy == "full" else settings.budget,
                     "ms_per_token": 1e3 * (now - began) / more if more else None,
                 }
             )
@@ -202,7 +203,8 @@ class Broadcast:
             pages = [-(-length // size) for length in lengths]
             states = self._pages.of_step(batch.step, pages)
             if states is not None:
-                self._copied.append(_Copied(states, list(batch.rids), lengths, pages, now))
+                waves = len(batch.step.waves)
+                self._copied.append(_Copied(states, list(batch.rids), lengths, pages, waves, now))
         self._send_pages()
 
     def _send_pages(self) -> None:
@@ -222,5 +224,6 @@ class Broadcast:
                     "tokens": copied.lengths[row],
                     "layers": layers,
                     "shape": list(states.shape),
+                    "waves": copied.waves,
                 }
                 self._publisher.send(PAGES, header, states.contiguous().numpy().tobytes())

@@ -184,7 +184,7 @@ class PagedCache:
             **now.levels,
             "logical_pages_used": self.live_pages(),
             **now.totals,
-            "hit_rate": 1.0 if rate is None else rate,
+            "hit_rate": rate,
             "layers": now.layers,
             **({"violations": self.store.violations()} if self.config.check_invariants else {}),
         }

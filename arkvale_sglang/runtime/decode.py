@@ -1,4 +1,4 @@
-"""One decode step: score, select, resolve, move, attend (DESIGN section 3)."""
+"""One decode step: score, select, resolve, move, attend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact prefill: a chunk attends to its whole prefix, wherever the pages are (DESIGN section 4)."""
+"""Exact prefill: a chunk attends to its whole prefix, wherever the pages are."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,23 +33,25 @@ class Publisher:
 
     def __init__(self, endpoint: str | None):
         self._context = zmq.Context()
-        self._socket = socket = self._context.socket(zmq.XPUB)
+        self._socket = self._context.socket(zmq.XPUB)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, HIGH_WATER),
             (zmq.XPUB_VERBOSE, 1),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
         ):
-            socket.setsockopt(option, value)
+            self._socket.setsockopt(option, value)
         try:
-            socket.bind(endpoint or ANY_PORT)
+            if _is_taken(endpoint):
+                raise zmq.ZMQError(zmq.EADDRINUSE)
+            self._socket.bind(endpoint or ANY_PORT)
         except zmq.ZMQError as error:
             self.close()
             raise ArkValeError(
                 f"--arkvale-stream {endpoint or ANY_PORT} cannot be bound ({error}); name another "
                 f"endpoint, or {STREAM_OFF}."
             ) from None
-        self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.dropped = 0
         """Messages that some subscriber lost, since it did not keep up."""
         self._sequence = dict.fromkeys((STATS, PAGES), 0)
@@ -95,3 +98,12 @@ class Publisher:
         """Stop at once."""
         self._socket.close(0)
         self._context.term()
+
+
+def _is_taken(endpoint: str | None) -> bool:
+    """Whether another process answers at an ``ipc`` endpoint, whose path ZMQ would take away."""
+    path = (endpoint or "").removeprefix("ipc://")
+    if path == (endpoint or ""):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0

@@ -96,6 +96,8 @@ class PageStates:
     """What each decode step did to the pages of its requests, told from the tables after it.
 
     A page that several requests share has one state: it is attended if any of them attended to it.
+    Of a step in several waves the tables tell what the last one left: what a later wave evicted
+    reads as absent, although an earlier one attended to it.
     """
 
     def __init__(self, cache: PagedCache):
@@ -127,6 +129,7 @@ class PageStates:
             return None
         cache, tables = self._cache, self._cache.store.residency
         rows, width = len(page_counts), max(page_counts)
+        lane_rows = rows * cache.plan.geometry.groups
         lane_pages = cache.lane_pages(step.pages[:rows, :width].contiguous()).view(-1)
         frames = tables.frame_of.index_select(1, lane_pages)
         held = frames.clamp(min=0).long()
@@ -137,4 +140,7 @@ class PageStates:
         moved = before.index_select(1, lane_pages) != frames
         recalled = used & moved & (heat != PINNED)  # a page that was just opened was never away
         states = resident.to(torch.uint8) + used + recalled
+        for wave in step.waves:
+            if wave.sequences is not None:  # full rows read what is away where it is
+                states.view(-1, lane_rows, width)[:, wave.lane_rows] = STATES.index("attended")
         return HostCopy(states.view(-1, rows, cache.plan.geometry.groups, width))

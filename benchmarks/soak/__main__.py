@@ -112,7 +112,8 @@ def result(
 
 
 def tell(found: dict[str, Any]) -> int:
-    """Print the verdict; returns the exit code."""
+    """Print the verdict; returns the exit code: 1 if something grew or failed, 2 if something could
+    not be told."""
     for row in found["judged"]:
         word = {True: "GREW", False: "ok", None: "not told: other work changed"}[row["grew"]]
         print(
@@ -124,7 +125,7 @@ def tell(found: dict[str, Any]) -> int:
         return 1
     if not found["judged"]:
         print(f"no verdict: fewer than {trend.LEAST_SAMPLES} samples")
-        return 0
+        return 2
     if found["grew"]:
         print(f"FAILED: {', '.join(found['grew'])} grew; see the plot for since when")
         return 1
@@ -133,7 +134,7 @@ def tell(found: dict[str, Any]) -> int:
         print(f"{', '.join(untold)}: not told, since other work kept more or fewer cores busy")
     word = "nothing else grew" if untold else "nothing grew"
     print(f"{word} in {found['minutes']:.0f} minutes, {found['requests']:,} requests")
-    return 0
+    return 2 if untold else 0
 
 
 def options() -> argparse.Namespace:

@@ -28,6 +28,7 @@ NONSENSE_SETTINGS: tuple[Any, ...] = (
     {"budget": 1.5}, {"budget": None}, {"budget": "all"}, {"top_k": 0}, {"top_k": -1},
     {"frames": 3}, {"": 1}, {"selection": "none"}, {"selection": ["recall"]},
     {"head_reduce": "median"}, {"budget": 512, "top_k": 10**30}, {"page_size": 16},
+    {"policy": "none"}, {"policy": 7}, {"policy": "full", "budget": 512},
 )  # fmt: skip
 """Values of ``custom_params["arkvale"]`` that no server takes: all are a 400."""
 SAMPLING = "wrong type of a sampling parameter"
@@ -117,7 +118,10 @@ class Draw:
     def _sampling(self) -> dict[str, Any]:
         new = self.random.choice((1, 4, 12, 40))
         sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
-        if self.random.random() < 0.3:
+        fate = self.random.random()
+        if fate < 0.1:
+            sampling["custom_params"] = {"arkvale": {"policy": "full"}}
+        elif fate < 0.4:
             wishes: dict[str, Any] = {
                 "budget": self.random.randrange(self.budget // 2, self.budget + 1),
                 "top_k": self.random.randrange(16, self.budget // 4),

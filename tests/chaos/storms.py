@@ -125,7 +125,8 @@ class Storm:
         assert report["pages_refused"] == 0, "a page that a step chose found no frame"
         broken = [end for end in self.ends if end.endswith(" 500") and SAMPLING not in end]
         assert not broken, f"the server failed where it should refuse: {broken}"
-        taken = {end for end in self.ends if end.startswith("nonsense settings")}
-        assert taken <= {"nonsense settings: 400"}, f"nonsense was taken: {taken}"
+        for refused in ("nonsense settings", "prompt beyond capacity"):
+            taken = {end for end in self.ends if end.startswith(refused)}
+            assert taken <= {f"{refused}: 400"}, f"what cannot be served was taken: {taken}"
         assert answers(self.server) == list(expected), "a reference prompt has another answer now"
         assert "leak detected" not in self.server.log.read_text()

@@ -142,6 +142,8 @@ class World:
         config = self.fake.config
         if not self.own_settings or self.random.random() < 0.5:
             return config
+        if self.random.random() < 0.25:
+            return config.for_request({"policy": "full"})
         least = config.sink_pages + config.window_pages + 1
         wishes: dict[str, object] = {
             "budget": self.size * self.random.randint(least, config.budget_pages),
@@ -220,7 +222,9 @@ class World:
         """Whether pages and frames suffice, as the engine asks before every step."""
         needed = sum(self.fake.pages_needed(row, 1) for row in batch)
         tokens = [self.fake.rows[row].tokens for row in batch]
-        return needed <= len(self.fake.free_pages) and self.fake.cache.admission.holds(tokens)
+        settings = [self.requests[row].settings for row in batch]
+        holds = self.fake.cache.admission.holds(tokens, settings)
+        return needed <= len(self.fake.free_pages) and holds
 
     def _retract(self, running: list[int]) -> None:
         """Back to the queue: the row goes, its request comes again with all it has so far."""
@@ -299,8 +303,8 @@ class World:
             pages, chosen = len(self.fake.rows[step.row].pages), set(step.chosen)
             assert len(step.chosen) == len(chosen), "a page is attended twice"
             assert step.chosen[-1] == pages - 1, "the open page comes last"
-            if pages <= config.budget_pages:
-                assert len(chosen) == pages, "a row within its budget is not whole"
+            if config.policy == "full" or pages <= config.budget_pages:
+                assert len(chosen) == pages, "a full row or one within its budget is not whole"
                 continue
             forced = {*range(config.sink_pages), *range(pages - config.window_pages, pages)}
             assert forced <= chosen, "a sink or window page is left out"

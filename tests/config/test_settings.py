@@ -220,6 +220,13 @@ def test_what_equals_the_servers_settings_is_them():
         assert server.for_request(wishes) is server
 
 
+def test_requests_that_come_to_the_same_pages_have_the_same_settings():
+    """So that they attend together and no more settings exist than page counts."""
+    server = ArkValeConfig(page_size=16)
+    assert len({server.for_request({"budget": n, "top_k": 40}) for n in range(288, 304)}) == 1
+    assert server.for_request({"budget": 288, "top_k": 3}).top_k == 16
+
+
 def test_what_is_reported_is_whole_pages_in_tokens():
     own = ArkValeConfig(page_size=16).for_request({"budget": 300, "head_reduce": "max"})
     assert own.as_reported() == {

@@ -65,7 +65,11 @@ def read_in_decode(fake: FakeEngine) -> float:
     return max(fake.decode([0]) for _ in range(24))
 
 
-@pytest.mark.parametrize("read", [read_in_prefill, read_in_decode])
+def read_in_a_full_row(fake: FakeEngine) -> float:
+    return fake.decode([0], [fake.config.for_request({"policy": "full"})])
+
+
+@pytest.mark.parametrize("read", [read_in_prefill, read_in_decode, read_in_a_full_row])
 @pytest.mark.parametrize("flip", FLIPS)
 @pytest.mark.parametrize("group", [0, 1])
 def test_a_poisoned_page_is_named_before_anything_is_made_of_it(read, flip, group):
@@ -77,7 +81,7 @@ def test_a_poisoned_page_is_named_before_anything_is_made_of_it(read, flip, grou
         read(fake)
 
 
-@pytest.mark.parametrize("read", [read_in_prefill, read_in_decode])
+@pytest.mark.parametrize("read", [read_in_prefill, read_in_decode, read_in_a_full_row])
 def test_without_the_check_the_answer_is_silently_wrong(read):
     fake = engine(checks=False)
     assert poison(fake, swapped_halves) > 5

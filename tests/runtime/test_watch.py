@@ -112,6 +112,23 @@ def test_page_states_are_what_a_step_did(groups, frames, budget, monkeypatch):
     assert seen == (set(STATES) if budget == 7 else {"attended"})
 
 
+def test_a_full_row_attends_to_all_its_pages_wherever_they_are(monkeypatch):
+    fake = engine(frames=24, budget=16 * 7)
+    planned = last_step(fake, monkeypatch)
+    rows = [fake.add_row(), fake.add_row()]
+    fake.extend({rows[0]: 400, rows[1]: 300})
+    full = fake.config.for_request({"policy": "full"})
+    states = PageStates(fake.cache)
+    for _ in range(2):
+        fake.decode(rows, [fake.config, full])
+        counts = [len(fake.rows[row].pages) for row in rows]
+        found = states.of_step(planned[-1], counts)
+    frame_of = fake.cache.store.managed[0].residency.frame_of
+    assert any(int(frame_of[page]) < 0 for page in fake.rows[rows[1]].pages), "nothing is away"
+    chosen, whole = (found.tensor[:, row, :, : counts[row]] for row in range(2))
+    assert (whole == STATES.index("attended")).all() and (chosen == 0).any()
+
+
 # -- the stream ------------------------------------------------------------------------------
 
 
@@ -203,9 +220,14 @@ def test_a_subscriber_that_stands_still_loses_messages_and_holds_up_nobody(publi
     lively.socket.close()
 
 
-def test_an_endpoint_that_is_taken_is_refused_in_a_sentence(publisher):
+@pytest.mark.parametrize("kind", ["tcp", "ipc"])
+def test_an_endpoint_that_is_taken_is_refused_in_a_sentence(kind, tmp_path):
+    """ZMQ itself would take the path of an ``ipc`` endpoint away from whoever has it."""
+    first = Publisher(None if kind == "tcp" else f"ipc://{tmp_path / 'stream'}")
     with pytest.raises(ArkValeError, match=r"cannot be bound .* name another endpoint, or off\.$"):
-        Publisher(publisher.endpoint)
+        Publisher(first.endpoint)
+    first.close()
+    Publisher(first.endpoint).close()
 
 
 # -- what is told ----------------------------------------------------------------------------

@@ -298,7 +298,7 @@ class FakeEngine:
         return out, chosen
 
     def check(self) -> None:
-        """The laws of DESIGN section 5 on top of those the store checks itself."""
+        """The laws of docs/design.md on top of those the store checks itself."""
         self.cache.settle()
         store = self.cache.store
         assert store.violations() == []
