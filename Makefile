@@ -1,8 +1,8 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
-# Side by side: these need one core and no server.
-KERNEL_TESTS = tests/kernels
-OTHER_TESTS = --ignore tests/kernels
+# Two halves that run side by side, of about the same length.
+ONE_HALF = tests/kernels tests/e2e/test_commands.py
+OTHER_HALF = $(ONE_HALF:%=--ignore %)
 
 .PHONY: demo serve test lint quality needle-model bench bench-smoke chaos soak setup clean
 .DEFAULT_GOAL := help
@@ -40,9 +40,9 @@ ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 test: setup lint
 	@$(PYTHON) setup_env.py --release all
 	@log=$$(mktemp); export $(ONE_THREAD); \
-	$(RUN) -m pytest $(KERNEL_TESTS) >$$log 2>&1 & kernels=$$!; \
-	$(RUN) -m pytest $(OTHER_TESTS); others=$$?; \
-	wait $$kernels; kernels=$$?; cat $$log; rm -f $$log; exit $$((kernels + others))
+	$(RUN) -m pytest $(ONE_HALF) >$$log 2>&1 & half=$$!; \
+	$(RUN) -m pytest $(OTHER_HALF); other=$$?; \
+	wait $$half; half=$$?; cat $$log; rm -f $$log; exit $$((half + other))
 
 quality: setup
 	@PYTHONPATH=examples:benchmarks $(RUN) -m quality $(ARGS)
