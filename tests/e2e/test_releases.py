@@ -22,7 +22,8 @@ POLICY = (
     "--arkvale-check-invariants", "--arkvale-dense-layers", "1", "--chunked-prefill-size", "256",
     "--enable-metrics", "--decode-log-interval", "10",
 )  # fmt: skip
-TOGETHER = [prompt(length, 400 + length) for length in (300, 210, 400)]
+TOGETHER = [prompt(length, 400 + length) for length in (300, 500, 400)]
+"""The second is beyond its budget at the end, but asks for everything."""
 LONG = prompt(2300, 450)
 
 
@@ -60,7 +61,7 @@ def test_policy_equals_stock_on_another_release(release, tiny, serve, expected):
     completion = {"model": "tiny", "prompt": "a", "max_tokens": 1}
     assert server.post("/v1/completions", completion)["metadata"]["arkvale"] == got[0]
     report = wait_idle(server)
-    assert report["pages_recalled"] > 100 and report["violations"] == []
+    assert report["pages_recalled"] > 50 and report["violations"] == []
     with Stream(server.url, None, ["stats"]) as stream:
         heard = stream.receive(30)
     assert heard.header["totals"]["pages_recalled"] == report["pages_recalled"]

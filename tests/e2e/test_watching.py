@@ -35,7 +35,8 @@ FLAGS = (
     "--arkvale-device-tokens", "640", "--enable-metrics", "--api-key", KEY,
     "--decode-log-interval", "10", "--disable-overlap-schedule",  # one step per token
 )  # fmt: skip
-NEW = 40
+NEW = 320
+"""Tokens that take longer to decode than the time between two messages of counters."""
 
 
 @dataclasses.dataclass

@@ -68,8 +68,8 @@ def test_a_target_among_the_rounds_is_met_or_missed_within_the_noise():
 
 
 def test_the_cost_of_being_watched_is_shown_and_judged():
-    rows = [row("watching", [10.0, 10.0, 10.0], [10.05, 10.2, 9.9], context=8192)]
-    line = "| 8,192 | 1,024 | 10.00 | 10.05 | 1.005 | 0.990 to 1.020 |"
+    rows = [row("watching", [10.0, 10.0, 10.0], [10.05, 10.06, 9.9], context=8192)]
+    line = "| 8,192 | 1,024 | 10.00 | 10.05 | 1.005 | 0.990 to 1.006 |"
     assert report.watching_table(rows).endswith(line)
     judged = report.targets_table(rows).splitlines()[-1]
     assert judged.startswith("| decode while watched | 1.0") and judged.endswith("| yes |")

@@ -71,7 +71,7 @@ def test_every_other_release_that_the_suite_runs_on_can_be_set_up(monkeypatch):
 def test_the_example_server_takes_model_and_port_in_every_form(monkeypatch, capsys, flags):
     serve = load("examples/serve.py")
     commands = []
-    monkeypatch.setattr(serve, "free_port", lambda: pytest.fail("a port was named"))
+    monkeypatch.setattr(serve, "free_port", lambda _: pytest.fail("a port was named"))
     monkeypatch.setattr(
         subprocess, "run",
         lambda command: commands.append(command) or SimpleNamespace(returncode=0),
@@ -86,13 +86,13 @@ def test_the_example_server_takes_model_and_port_in_every_form(monkeypatch, caps
 def test_the_example_server_brings_its_own_model_and_port(monkeypatch):
     serve = load("examples/serve.py")
     commands = []
-    monkeypatch.setattr(serve, "free_port", lambda: 4321)
+    monkeypatch.setattr(serve, "free_port", lambda preferred: preferred + 1)
     monkeypatch.setattr(
         subprocess, "run",
         lambda command: commands.append(command) or SimpleNamespace(returncode=0),
     )  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["serve.py", "--arkvale-budget", "777"])
     assert serve.main() == 0
-    assert "--model-path" in commands[0] and commands[0][-2:] == ["--port", "4321"]
+    assert "--model-path" in commands[0] and commands[0][-2:] == ["--port", "30001"]
     budgets = [i for i, word in enumerate(commands[0]) if word == "--arkvale-budget"]
     assert commands[0][budgets[-1] + 1] == "777"  # the last one counts
