@@ -25,7 +25,7 @@ from bench.sides import (
     sides,
 )
 
-DECODED = 24
+DECODED = 32
 POOL = 300_000
 """Tokens that stock's pool holds: all that is asked of it, so that it never evicts."""
 DEVICE_TOKENS = 32_768

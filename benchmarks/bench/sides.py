@@ -37,10 +37,12 @@ class Sides:
     arkvale: Server
 
     def each(self) -> Iterator[tuple[str, Server]]:
-        """Name and server of one side after the other, alone on the machine."""
+        """Name and server of one side after the other, alone on the machine and awake."""
         for name, other in (("stock", self.arkvale), ("arkvale", self.stock)):
             with other.paused():
-                yield name, getattr(self, name)
+                server: Server = getattr(self, name)
+                first_token(server, [VOCABULARY[0]])
+                yield name, server
 
 
 @contextlib.contextmanager

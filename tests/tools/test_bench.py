@@ -90,6 +90,9 @@ def test_watched_and_unwatched_take_turns_and_a_silent_stream_voids_them(monkeyp
         def paused(self):
             return contextlib.nullcontext()
 
+        def post(self, *_):
+            return {}
+
     def per_token(server, prompts, new):
         turns.append(server.name)
         publisher.poll()

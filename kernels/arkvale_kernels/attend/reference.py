@@ -24,8 +24,13 @@ def _attend(
     if query.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf).float()
     if query.device.type == "cpu":
+        length = query.shape[2]
+        if length == 1 and query.dtype.itemsize == 2:
+            # In 16 bits the kernel takes half as long for two queries as it does for one.
+            query = query.expand(-1, -1, 2, -1)
+            mask = mask if mask is None else mask.expand(-1, -1, 2, -1)
         out, lse = _fused_cpu(query, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
-        return out, lse
+        return out[:, :, :length], lse[:, :, :length]
     logits = torch.matmul(query.float(), k.float().transpose(-1, -2)) * scaling
     if causal:
         length = query.shape[2]
