@@ -130,7 +130,8 @@ def under_budget(model: Path, rounds: int, log: Log) -> Iterator[Row]:
                         elapsed = first_token(server, prompt(context, f"fresh {turn}"))
                     if turn >= 0:
                         times[side].append(elapsed)
-            yield row(case, times, log, "ms", context=context, budget=4096)
+            found = row(case, times, log, "ms", context=context, budget=4096)
+            yield {**found, "dense_layers": 0}
         evicted = both.arkvale.arkvale()["pages_evicted"]
         if evicted:
             raise RuntimeError(f"{evicted} pages were evicted, so the measurement is void.")

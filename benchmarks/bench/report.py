@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ ABSENT = "Not measured in this run."
 
 
 class Found(NamedTuple):
-    """A figure of this run, and the quarter of its rounds above and below."""
+    """A figure of this run, and its smallest and largest round."""
 
     value: float
     low: float
@@ -58,13 +57,6 @@ def of(rows: Iterable[Row], case: str, **where: Any) -> list[Row]:
     ]
 
 
-def _quarters(times: list[float]) -> tuple[float, float]:
-    if len(times) == 1:
-        return times[0], times[0]
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return low, high
-
-
 def _ratio(
     rows: list[Row],
     case: str,
@@ -74,11 +66,7 @@ def _ratio(
 ) -> Found | None:
     where = {"context": context, "budget": budget, "batch": batch}
     own = of(rows, case, **{name: value for name, value in where.items() if value is not None})
-    if not own:
-        return None
-    rounds = own[0]["rounds"]
-    ratios = [a / b for a, b in zip(rounds["stock"], rounds["arkvale"], strict=True)]
-    return Found(own[0]["ratio"], *_quarters(ratios))
+    return Found(own[0]["ratio"], *own[0]["spread"]) if own else None
 
 
 def _of_load(rows: list[Row], case: str) -> Found | None:
@@ -97,9 +85,11 @@ def _growth(rows: list[Row], short: int, long: int, budget: int) -> Found | None
     if not all(both):
         return None
     few, many = (own[0] for own in both)
-    before, after = (_quarters(row["rounds"]["arkvale"]) for row in (few, many))
     value = many["arkvale"] / few["arkvale"]
-    return Found(value, after[0] / before[1], after[1] / before[0])
+    if "rounds" not in few or "rounds" not in many:
+        return Found(value, value, value)
+    before, after = (row["rounds"]["arkvale"] for row in (few, many))
+    return Found(value, min(after) / max(before), max(after) / min(before))
 
 
 def _verdict(found: Found, target: float, more: bool) -> str:
@@ -118,7 +108,7 @@ def targets_table(rows: list[Row]) -> str:
             met = _verdict(found, target, more)
         bound = f"{'at least' if more else 'at most'} {target} {unit}"
         lines.append([name, shown, bound, met])
-    return table(["", "found (middle half of the rounds)", "target", "met"], lines)
+    return table(["", "found (smallest and largest round)", "target", "met"], lines)
 
 
 def _cells(row: Row) -> list[str]:
@@ -173,7 +163,9 @@ def throughput_table(rows: list[Row]) -> str:
 
 def device_bytes(rows: list[Row]) -> str:
     """What the policy's tokens take on the device beside their frames."""
-    held = next(row["bytes"] for row in rows if "bytes" in row)
+    held = next((row["bytes"] for row in rows if "bytes" in row), None)
+    if held is None:
+        return "What digests and staging take beside them was not noted in this run."
     frames, digests, staging = (held[part] / 2**20 for part in ("frame", "digest", "staging"))
     return (
         f"Stock's pool and the policy's frames take {frames:.0f} MiB each; the policy's digests of "
@@ -225,6 +217,33 @@ def watching_table(rows: list[Row]) -> str:
     return table(["context", "budget", "unwatched, ms", "watched, ms", "cost", "spread"], lines)
 
 
+def loads(rows: list[Row]) -> str:
+    """What arrived, of the loads that were held."""
+    lines = []
+    for row in rows:
+        load = row.get("load")
+        if load is None:
+            continue
+        what = f"{load['chats']} prompts of {load['message']:,} tokens"
+        if load["shared"]:
+            what = f"{load['chats']} questions on one document of {load['shared']:,} tokens"
+        if load["turns"] > 1:
+            what = (
+                f"{load['chats']} chats of {load['shared']:,} tokens and {load['turns']} messages, "
+                "each after the others"
+            )
+        lines.append(
+            f"- {row['case']}: {what}, answers of {load['new']} tokens, budget {row['budget']}"
+        )
+    return "\n".join(lines)
+
+
+def dense(rows: list[Row]) -> str:
+    """How many layers the policy left alone under the budget."""
+    layers = of(rows, "under_budget_decode")[0].get("dense_layers", 2)
+    return f"The policy left {layers or 'none'} of the 4 layers alone."
+
+
 EVIDENCE = (
     ("decode at 32K context, 1K budget, no dense layers, ms per token",
      {"case": "decode", "context": 32_768, "batch": 1, "budget": 1024}),
@@ -232,10 +251,10 @@ EVIDENCE = (
     ("the same with 2 KV heads for 8 query heads, no dense layers", {"case": "decode_gqa"}),
     ("16 new tokens on a cached 32K prefix, ms to the first token",
      {"case": "follow_up", "context": 32_768}),
-    ("16 prompts of 4K at once, 8K tokens on the device, budget 512, seconds",
+    ("16 prompts of 4K at once, 8K tokens on the device, budget {budget}, seconds",
      {"case": "long_prompts"}),
     ("25 questions on one document of 6K, likewise", {"case": "shared_prefix"}),
-    ("16 chats of 4K that return once, likewise", {"case": "returning_chats"}),
+    ("16 chats of 4K that return, likewise", {"case": "returning_chats"}),
     ("decode at 512 tokens, nothing evicted, ms per token", {"case": "under_budget_decode"}),
     ("prefill of 2K tokens, nothing evicted, ms", {"case": "under_budget_prefill"}),
 )  # fmt: skip
@@ -247,7 +266,7 @@ def evidence(rows: list[Row]) -> str:
     for name, where in EVIDENCE:
         row = of(rows, **where)[0]
         stock, ours, ratio, spread = _cells(row)
-        lines.append(f"| {name} | {stock} | {ours} | {ratio} ({spread}) |")
+        lines.append(f"| {name.format(**row)} | {stock} | {ours} | {ratio} ({spread}) |")
     return "\n".join(lines)
 
 
@@ -260,7 +279,7 @@ def write(results: Path, docs: Path) -> Path:
     def held(make: Callable[[], str], *cases: str) -> Callable[[], str]:
         return lambda: make() if any(of(rows, case) for case in cases) else ABSENT
 
-    loads = [load.case for load in throughput.LOADS]
+    held_loads = [load.case for load in throughput.LOADS]
     page = docs / PAGE
     page.write_text(
         fill(
@@ -273,8 +292,10 @@ def write(results: Path, docs: Path) -> Path:
                     lambda: cases_table(rows, "decode_gqa", "decode_dense_2"), "decode_gqa"
                 ),
                 "follow up": held(lambda: cases_table(rows, "follow_up"), "follow_up"),
-                "throughput": held(lambda: throughput_table(rows), *loads),
-                "device bytes": held(lambda: device_bytes(rows), *loads),
+                "throughput": held(lambda: throughput_table(rows), *held_loads),
+                "loads": held(lambda: loads(rows), *held_loads),
+                "device bytes": held(lambda: device_bytes(rows), *held_loads),
+                "dense": held(lambda: dense(rows), "under_budget_decode"),
                 "under budget": held(
                     lambda: cases_table(rows, "under_budget_decode", "under_budget_prefill"),
                     "under_budget_decode",
