@@ -1,6 +1,6 @@
 """Random events until something breaks, or a hundred thousand have passed.
 
-    make chaos                          100,000 events, under 20 minutes on 2 cores
+    make chaos                          100,000 events
     make chaos ARGS="--seed 7"          the same events again
     make chaos ARGS="--world 7000012"   one world of a run on the cache, event by event
     make chaos ARGS="--storm 7-3"       one storm on a server
