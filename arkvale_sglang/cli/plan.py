@@ -19,6 +19,7 @@ import torch
 from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
 from arkvale_sglang.core.geometry import PageGeometry
 from arkvale_sglang.core.sizing import GIB, Memory, PoolPlan, plan_pool
+from arkvale_sglang.integration.model_check import FULL_ATTENTION
 from arkvale_sglang.policy.admission import FrameAdmission
 
 BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "fp8": 1.0, "int4": 0.5}
@@ -30,7 +31,6 @@ _OTHERS = {
     "attn_logit_softcapping": "a soft cap on attention logits",
 }  # fmt: skip
 """Keys of a configuration that no dense MHA or GQA decoder has."""
-_FULL_ATTENTION = {"full_attention", "attention"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Model:
             ) from None
         config = config.get("text_config", config)
         what = next((what for key, what in _OTHERS.items() if config.get(key)), None)
-        if set(config.get("layer_types") or ()) - _FULL_ATTENTION:
+        if set(config.get("layer_types") or ()) - FULL_ATTENTION:
             what = "layers beside full attention"
         if what is not None:
             raise ArkValeError(

@@ -74,11 +74,7 @@ class Checksums:
             self._check_recalls(index, layer, recalls)
 
     def _check_recalls(self, index: int, layer: PagedLayer, recalls: Recalls) -> None:
-        pages, frames = recalls.lane_pages, recalls.lane_frames
-        if recalls.counts is not None:
-            share = torch.arange(pages.shape[0] // recalls.counts.shape[0], device=pages.device)
-            filled = (share < recalls.counts.unsqueeze(1)).flatten()
-            pages, frames = pages[filled], frames[filled]
+        pages, frames = recalls.filled()
         self._compare(index, pages, layer.k_frames[frames.long()], layer.v_frames[frames.long()])
 
     def check_gathered(

@@ -68,8 +68,10 @@ def prompt(length: int, seed: object) -> list[int]:
     return [rng.randrange(*VOCABULARY) for _ in range(length)]
 
 
-def body(tokens: list[int], new: int, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A request of ``/generate`` that decodes exactly ``new`` tokens."""
+def body(
+    tokens: Sequence[int] | Sequence[list[int]], new: int, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A request of ``/generate``, or several as one, that decodes exactly ``new`` tokens each."""
     sampling: dict[str, Any] = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
     if settings:
         sampling["custom_params"] = {"arkvale": settings}
@@ -92,7 +94,7 @@ def per_token(
     """Median milliseconds between tokens while all requests decode together."""
     stamps: list[list[float]] = [[] for _ in prompts]
     # As one request: clients of their own would have to get through to a server that is busy.
-    for part in server.stream({**body([], new, settings), "input_ids": list(prompts)}):
+    for part in server.stream(body(prompts, new, settings)):
         stamps[part.get("index", 0)].append(time.perf_counter())
     start, end = max(own[0] for own in stamps), min(own[-1] for own in stamps)
     gaps = [

@@ -97,6 +97,16 @@ class Recalls(NamedTuple):
     """``[groups]`` int32: each lane owns an equal share of the list and fills so many entries of
     it; ``None`` where the whole list is filled."""
 
+    def filled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages and frames of the filled entries; their number is read from the device."""
+        if self.counts is None:
+            return self.lane_pages, self.lane_frames
+        share = torch.arange(
+            self.lane_pages.shape[0] // self.counts.shape[0], device=self.lane_pages.device
+        )
+        own = (share < self.counts.unsqueeze(1)).flatten()
+        return self.lane_pages.masked_select(own), self.lane_frames.masked_select(own)
+
 
 class NewTokens(NamedTuple):
     """One new token per row."""

@@ -54,11 +54,7 @@ def _append(layer: PagedLayer, new: NewTokens, clock: torch.Tensor, digest: str)
 
 
 def _recall(layer: PagedLayer, recalls: Recalls) -> None:
-    pages, frames = recalls.lane_pages, recalls.lane_frames
-    if recalls.counts is not None:
-        share = torch.arange(pages.shape[0] // recalls.counts.shape[0], device=pages.device)
-        filled = (share < recalls.counts.unsqueeze(1)).flatten()
-        pages, frames = pages.masked_select(filled), frames.masked_select(filled)
+    pages, frames = recalls.filled()
     if pages.numel() == 0:
         return
     host, device = layer.host, layer.k_frames.device
