@@ -157,7 +157,8 @@ def prefilling(
             times: dict[str, list[float]] = {"stock": [], "arkvale": []}
             for turn in range(rounds):
                 for side, server in both.each():
-                    server.post("/flush_cache", {})
+                    # With a timeout: an answer is read before its request is retired.
+                    server.post("/flush_cache?timeout=60", {})
                     times[side].append(first_token(server, prompt(context, f"{factor} {turn}")))
             found = row("prefill", times, log, "ms", context=context, budget=1024)
             peaks = {side: peak_bytes(server) for side, server in vars(both).items()}

@@ -97,7 +97,8 @@ def throughput(model: Path, loads: Sequence[Load], rounds: int, log: Log) -> Ite
 def hold(server: Server, model: Path, load: Load, seed: int) -> dict[str, Any]:
     """Seconds for the load and latencies, by ``sglang.bench_serving`` where it knows such a load:
     its shared prefixes are text, whose tokens it cannot count exactly."""
-    server.post("/flush_cache", {})
+    # With a timeout: an answer is read before its request is retired.
+    server.post("/flush_cache?timeout=60", {})
     if load.shared:
         return _talk(server, load, seed)
     with tempfile.TemporaryDirectory() as folder:
