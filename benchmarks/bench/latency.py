@@ -30,6 +30,8 @@ POOL = 300_000
 """Tokens that stock's pool holds: all that is asked of it, so that it never evicts."""
 DEVICE_TOKENS = 32_768
 """Tokens that the policy's frames hold: eight rows of the largest budget."""
+LONG = 16_384
+"""Contexts from here on get two rounds: stock takes minutes for each."""
 FOLLOW_UP = 16
 """Tokens of a follow-up message."""
 
@@ -59,7 +61,8 @@ def decoding(
         for context, batches in contexts.items():
             for batch in batches:
                 prompts = [prompt(context, (context, index)) for index in range(batch)]
-                yield from _grid(case, both, prompts, budgets, rounds, log)
+                own = min(2, rounds) if context >= LONG else rounds
+                yield from _grid(case, both, prompts, budgets, own, log)
         asked = sum(context * max(batches) for context, batches in contexts.items())
         if asked > DEVICE_TOKENS:
             must_have_evicted(both.arkvale)
@@ -76,9 +79,10 @@ def _grid(
     context, batch = len(prompts[0]), len(prompts)
     stock: list[float] = []
     ours: dict[int, list[float]] = {budget: [] for budget in budgets}
-    for _, server in both.each():
-        for tokens in prompts:  # one by one: prefill is not what is measured here
-            first_token(server, tokens)
+    # Prefill is not what is measured here; stock computes a prefix again whether it has it or not.
+    with both.stock.paused():
+        for tokens in prompts:
+            first_token(both.arkvale, tokens)
     for _ in range(rounds):
         for side, server in both.each():
             if side == "stock":

@@ -13,9 +13,9 @@ SCORE_BITS = 24
 PINNED = torch.iinfo(torch.int64).max
 """Heat of a frame whose page may not leave: it is open, or the frame is the scratch row."""
 
-COPY_BYTES = 8 << 20
-"""Most that a host reference copies at once of what it only reads through: the allocator gives a
-larger copy fresh memory each time, and touching that takes longer than the work on it."""
+COPY_BYTES = 2 << 20
+"""Most that a host reference copies at once of what it only reads through: the allocator returns
+larger ones to the system each time, and touching fresh memory takes longer than the work on it."""
 
 
 class Residency(NamedTuple):

@@ -125,9 +125,12 @@ def ragged(size: int) -> tuple[list[list[int]], list[int]]:
 @by_heads
 @by_page
 @by_dtype
-def test_rows_attend_to_their_chosen_tokens_and_to_no_other(heads, size, dtype):
-    """Ragged lists with NaN in every frame, tail and hole that a row must not see."""
+@pytest.mark.parametrize("block", [1, 3, 9], ids="block{}".format)
+def test_rows_attend_to_their_chosen_tokens_and_to_no_other(heads, size, dtype, block, monkeypatch):
+    """Ragged lists with NaN in every frame, tail and hole that a row must not see; read in blocks
+    of which some hold nothing of a row."""
     query_heads, kv_heads, dim = heads
+    monkeypatch.setattr(reference, "COPY_BYTES", block * 4 * size * kv_heads * dim * dtype.itemsize)
     lane_frames, lengths = ragged(size)
     k_frames, v_frames = (
         blank_except(normal(12, size, kv_heads, dim, dtype=dtype, seed=seed), lane_frames, lengths)

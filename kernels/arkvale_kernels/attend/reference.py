@@ -50,62 +50,66 @@ def attend_frames(
     scaling: float,
     common_length: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`arkvale_kernels.attend.api.attend_frames`."""
-    page_size = k_frames.shape[1]
-    if common_length:
-        lane_frames = lane_frames[:, : -(-common_length // page_size)]
-        if lane_frames.amin() >= 0:
-            return _attend_whole(query, k_frames, v_frames, lane_frames, scaling, common_length)
-
+    """See :func:`arkvale_kernels.attend.api.attend_frames`; lists are read in blocks."""
     rows, query_heads, head_dim = query.shape
-    kv_heads = k_frames.shape[2]
+    page_size, kv_heads = k_frames.shape[1:3]
+    common, inside = common_length or 0, None
+    if common:
+        lane_frames = lane_frames[:, : -(-common // page_size)]
+    if not common or lane_frames.amin() < 0:
+        inside = _inside(lane_frames, lengths, page_size)
     folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
-    shape = rows, -1, kv_heads, head_dim
-    inside = _inside(lane_frames, lengths, page_size)
-    k, v = (
-        held.view(shape).transpose(1, 2)
-        for held in _read((k_frames, v_frames), lane_frames, inside)
-    )
-    mask = torch.zeros(inside.shape, dtype=query.dtype, device=query.device)
-    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, -1)
-    out, lse = _attend(folded, k, v, scaling, mask.expand(-1, kv_heads, folded.shape[2], -1))
-    empty = ~inside.flatten(1).any(1)
-    out = out.reshape(query.shape).masked_fill(empty.view(rows, 1, 1), 0.0)
-    return out, lse.reshape(rows, query_heads).masked_fill(empty.view(rows, 1), -torch.inf)
+    held = k_frames.flatten(1), v_frames.flatten(1)
+    block = max(1, COPY_BYTES // (rows * held[0].shape[1] * held[0].itemsize))
+    whole = None
+    for first in range(0, max(1, lane_frames.shape[1]), block):
+        listed = lane_frames[:, first : first + block]
+        if inside is None:
+            part = _attend_whole(folded, held, listed, scaling, common - first * page_size)
+        else:
+            part = _attend_inside(folded, held, listed, scaling, inside[:, first : first + block])
+        whole = part if whole is None else merge_parts(whole, part)
+    assert whole is not None
+    return whole[0].to(query.dtype).reshape(query.shape), whole[1].reshape(rows, query_heads)
 
 
 def _attend_whole(
     query: torch.Tensor,
-    k_frames: torch.Tensor,
-    v_frames: torch.Tensor,
-    lane_frames: torch.Tensor,
+    held: tuple[torch.Tensor, torch.Tensor],
+    listed: torch.Tensor,
     scaling: float,
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of one length without a gap: no mask is needed.
+    """The first tokens of ``[rows, pages]`` frames, as many in every row: no mask is needed.
 
-    Long lists are read in blocks of ``COPY_BYTES``.
+    ``query`` is ``[rows, KV heads, queries, head_dim]``, ``held`` K and V as ``[frames, numbers]``.
     """
-    rows, query_heads, head_dim = query.shape
-    page_size, kv_heads = k_frames.shape[1:3]
-    folded = query.view(rows, kv_heads, query_heads // kv_heads, head_dim)
-    page_bytes = rows * k_frames[0].numel() * k_frames.itemsize
-    block = max(1, COPY_BYTES // page_bytes)
-    whole = None
-    for first in range(0, lane_frames.shape[1], block):
-        listed = lane_frames[:, first : first + block].reshape(-1)
-        k, v = (
-            frames.flatten(1)
-            .index_select(0, listed)
-            .view(rows, -1, kv_heads, head_dim)[:, : length - first * page_size]
-            .transpose(1, 2)
-            for frames in (k_frames, v_frames)
-        )
-        out, lse = _attend(folded, k, v, scaling)
-        part = out.reshape(query.shape), lse.reshape(rows, query_heads)
-        whole = part if whole is None else merge_parts(whole, part)
-    assert whole is not None
-    return whole[0].to(query.dtype), whole[1]
+    rows, kv_heads, _, head_dim = query.shape
+    k, v = (
+        frames.index_select(0, listed.reshape(-1))
+        .view(rows, -1, kv_heads, head_dim)[:, :length]
+        .transpose(1, 2)
+        for frames in held
+    )
+    return _attend(query, k, v, scaling)
+
+
+def _attend_inside(
+    query: torch.Tensor,
+    held: tuple[torch.Tensor, torch.Tensor],
+    listed: torch.Tensor,
+    scaling: float,
+    inside: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of ``[rows, pages]`` frames that ``inside [rows, pages, page_size]`` says."""
+    rows, kv_heads, queries, head_dim = query.shape
+    shape = rows, -1, kv_heads, head_dim
+    k, v = (pages.view(shape).transpose(1, 2) for pages in _read(held, listed, inside))
+    mask = torch.zeros(inside.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill_(~inside, -torch.inf).view(rows, 1, 1, -1)
+    out, lse = _attend(query, k, v, scaling, mask.expand(-1, kv_heads, queries, -1))
+    empty = ~inside.flatten(1).any(1).view(rows, 1, 1)
+    return out.masked_fill(empty.unsqueeze(3), 0.0), lse.masked_fill(empty, -torch.inf)
 
 
 def _inside(lane_frames: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -129,8 +133,8 @@ def _read(
     outside = ~inside.index_select(0, partial).unsqueeze(-1)
     found = []
     for frames in both:
-        pages = frames.flatten(1).index_select(0, listed)
-        tokens = pages.index_select(0, partial).unflatten(1, (frames.shape[1], -1))
+        pages = frames.index_select(0, listed)
+        tokens = pages.index_select(0, partial).unflatten(1, (inside.shape[1], -1))
         pages.index_copy_(0, partial, tokens.masked_fill_(outside, 0.0).flatten(1))
         found.append(pages)
     return found

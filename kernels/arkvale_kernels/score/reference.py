@@ -33,9 +33,8 @@ def score_pages(
     if head_reduce == "mean":
         positive = split.clamp(min=0).sum(2)
         signed = torch.stack((positive, split.sum(2) - positive), 1) / query_heads
-        signed = signed.view(rows, -1, 1)
-        parts = [torch.bmm(some.flatten(2), signed).squeeze(2) for some in _blocks(digests, listed)]
-        scores = _joined(parts)
+        signed = signed.view(rows, 1, -1)
+        scores = _joined([_dot(some.flatten(2), signed) for some in _blocks(digests, listed)])
     else:
         signed = torch.cat((split.clamp(min=0), split.clamp(max=0)), -1).transpose(2, 3)
         parts = [
@@ -62,6 +61,16 @@ def _blocks(digests: torch.Tensor, lane_pages: torch.Tensor) -> Iterator[torch.T
     rows, row_bytes = lane_pages.shape[0], 4 * digests[0].numel()
     for run in lane_pages.split(max(1, COPY_BYTES // (rows * row_bytes)), dim=1):
         yield _rows_of(digests, run.reshape(-1)).view(rows, -1, *digests.shape[1:])
+
+
+def _dot(block: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
+    """``[rows, run, channels]``, which is overwritten, with ``[rows, 1, channels]``.
+
+    A host's batched product of matrices with one vector each takes five times as long as this.
+    """
+    if block.shape[0] == 1:
+        return torch.mv(block[0], signed[0, 0]).unsqueeze(0)
+    return block.mul_(signed).sum(2)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
