@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import latency, report, steps, throughput
+from bench import latency, report, throughput
 from bench.sides import Log, Row
 from conditions import conditions
 from tiny_model import make_model
@@ -55,14 +55,14 @@ class Scale:
 
 
 SECTIONS = (
-    "under_budget", "decode", "others", "follow_up", "prefill", "throughput", "steps", "watching",
+    "under_budget", "decode", "others", "follow_up", "prefill", "throughput", "watching",
 )  # fmt: skip
 DEFAULT = Scale(
     contexts={
         512: (1, 4, 8), 2 * K: (1, 4, 8), 4 * K: (1,), 8 * K: (1, 4, 8), 16 * K: (1,),
         32 * K: (1,), 64 * K: (1,),
     },
-    budgets=(512, 1024, 2048, 4096), others=32 * K, profiled=(4 * K, 64 * K),
+    budgets=(512, 1024, 2048, 4096), others=32 * K, profiled=(4 * K, 32 * K, 64 * K),
     follow_ups=(K, 4 * K, 16 * K, 32 * K),
     loads=throughput.LOADS, prefill_factors=(1, 2, 4, 8), rounds=3, sections=SECTIONS,
 )  # fmt: skip
@@ -71,7 +71,7 @@ QUICK = Scale(
     follow_ups=(8 * K,),
     loads=(dataclasses.replace(throughput.LOADS[1], chats=8, new=32),),
     prefill_factors=(1, 4), rounds=1,
-    sections=("under_budget", "decode", "follow_up", "throughput", "steps"),
+    sections=("under_budget", "decode", "follow_up", "throughput"),
 )  # fmt: skip
 FULL = dataclasses.replace(
     DEFAULT,
@@ -92,8 +92,9 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
                 yield from latency.under_budget(mha, 4 * scale.rounds, log)
             case "decode":
                 yield from latency.decoding(
-                    "decode", mha, scale.contexts, scale.budgets, scale.rounds, log
-                )
+                    "decode", mha, scale.contexts, scale.budgets, scale.rounds, log,
+                    profiled=scale.profiled,
+                )  # fmt: skip
             case "others":
                 gqa = make_model(folder / "gqa", layers=LAYERS, kv_heads=2)
                 yield from latency.decoding("decode_gqa", gqa, one, (1024,), scale.rounds, log)
@@ -103,11 +104,9 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
             case "follow_up":
                 yield from latency.follow_ups(mha, scale.follow_ups, repeats, log)
             case "prefill":
-                yield from latency.prefilling(mha, 4 * K, scale.prefill_factors, repeats, log)
+                yield from latency.prefilling(mha, 2 * K, scale.prefill_factors, repeats, log)
             case "throughput":
                 yield from throughput.throughput(mha, scale.loads, repeats, log)
-            case "steps":
-                yield from steps.breakdown(mha, scale.profiled, LAYERS, log)
             case "watching":
                 yield from latency.watching(mha, 4 * scale.rounds, log)
 

@@ -12,8 +12,10 @@ import zmq
 
 from arkvale_sglang.cli.launch import Server
 from arkvale_sglang.runtime.publish import STATS
+from bench import steps
 from bench.sides import (
     ARKVALE,
+    VOCABULARY,
     Log,
     Row,
     Sides,
@@ -23,6 +25,7 @@ from bench.sides import (
     prompt,
     row,
     sides,
+    windows,
 )
 
 DECODED = 32
@@ -30,8 +33,6 @@ POOL = 300_000
 """Tokens that stock's pool holds: all that is asked of it, so that it never evicts."""
 DEVICE_TOKENS = 32_768
 """Tokens that the policy's frames hold: eight rows of the largest budget."""
-LONG = 16_384
-"""Contexts from here on get two rounds: stock takes minutes for each."""
 FOLLOW_UP = 16
 """Tokens of a follow-up message."""
 
@@ -44,14 +45,18 @@ def decoding(
     rounds: int,
     log: Log,
     dense_layers: int = 0,
+    profiled: Sequence[int] = (),
 ) -> Iterator[Row]:
-    """Time per output token over context, batch and budget.
+    """Time per output token over context, batch and budget, and where it goes.
 
     Args:
         contexts: batch sizes of each context length.
+        profiled: contexts at which the parts of a step are told, of one request at a budget of
+            1,024.
         dense_layers: layers that the policy leaves alone.
     """
     pool = ["--max-total-tokens", str(POOL)]
+    budget = min(1024, max(budgets))
     arkvale = [
         *ARKVALE, *pool, "--arkvale-budget", str(max(budgets)), "--arkvale-device-tokens",
         str(DEVICE_TOKENS), "--arkvale-host-memory", "3",
@@ -61,8 +66,10 @@ def decoding(
         for context, batches in contexts.items():
             for batch in batches:
                 prompts = [prompt(context, (context, index)) for index in range(batch)]
-                own = min(2, rounds) if context >= LONG else rounds
-                yield from _grid(case, both, prompts, budgets, own, log)
+                yield from _grid(case, both, prompts, budgets, rounds, log)
+                if context in profiled and batch == 1:
+                    with both.stock.paused():
+                        yield from steps.parts(both.arkvale, prompts[0], budget, log)
         asked = sum(context * max(batches) for context, batches in contexts.items())
         if asked > DEVICE_TOKENS:
             must_have_evicted(both.arkvale)
@@ -79,17 +86,18 @@ def _grid(
     context, batch = len(prompts[0]), len(prompts)
     stock: list[float] = []
     ours: dict[int, list[float]] = {budget: [] for budget in budgets}
-    # Prefill is not what is measured here; stock computes a prefix again whether it has it or not.
     with both.stock.paused():
-        for tokens in prompts:
+        for tokens in prompts:  # one by one: prefill is not what is measured here
             first_token(both.arkvale, tokens)
-    for _ in range(rounds):
-        for side, server in both.each():
-            if side == "stock":
-                stock.append(per_token(server, prompts, DECODED))
-                continue
-            for budget, times in ours.items():
-                times.append(per_token(server, prompts, DECODED, {"budget": budget}))
+    # Stock computes a prefix again whether it has it or not, so one request serves all rounds.
+    with windows(both.stock, prompts, DECODED, rounds) as window:
+        for _ in range(rounds):
+            with both.arkvale.paused():
+                stock.append(window())
+            with both.stock.paused():
+                first_token(both.arkvale, [VOCABULARY[0]])  # wakes it
+                for budget, times in ours.items():
+                    times.append(per_token(both.arkvale, prompts, DECODED, {"budget": budget}))
     for budget, times in ours.items():
         where = {"context": context, "batch": batch, "budget": budget}
         yield row(case, {"stock": stock, "arkvale": times}, log, "ms", **where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import random
 import statistics
 import threading
@@ -27,6 +28,8 @@ ARKVALE = ["--kv-policy", "arkvale", "--chunked-prefill-size", "4096"]
 VOCABULARY = (2, 258)
 WARM = 3
 """First gaps between tokens, which are left out."""
+SETTLING = 8
+"""Likewise, of a window."""
 
 
 @dataclasses.dataclass
@@ -92,18 +95,57 @@ def per_token(
     settings: dict[str, Any] | None = None,
 ) -> float:
     """Median milliseconds between tokens while all requests decode together."""
-    stamps: list[list[float]] = [[] for _ in prompts]
     # As one request: clients of their own would have to get through to a server that is busy.
-    for part in server.stream(body(prompts, new, settings)):
-        stamps[part.get("index", 0)].append(time.perf_counter())
-    start, end = max(own[0] for own in stamps), min(own[-1] for own in stamps)
-    gaps = [
-        later - earlier
-        for own in stamps
-        for earlier, later in itertools.pairwise(own[WARM:])
-        if earlier >= start and later <= end
-    ]
-    if len(gaps) < len(prompts):
+    return _median_gap(_arrivals(server.stream(body(prompts, new, settings)), len(prompts)), WARM)
+
+
+@contextlib.contextmanager
+def windows(
+    server: Server, prompts: Sequence[list[int]], new: int, most: int
+) -> Iterator[Callable[[], float]]:
+    """Requests that decode together while the block lasts, for up to ``most`` windows of ``new``
+    tokens: each call waits for one and returns its median milliseconds between tokens.
+
+    Between calls the server may be suspended.  What it sends before that is in the next window's
+    first gaps, which are left out, as is what it computes when it wakes.
+    """
+    answers = server.stream(body(prompts, most * (new + 2 * SETTLING)))
+
+    def window() -> float:
+        return _median_gap(_arrivals(answers, len(prompts), new + SETTLING), SETTLING)
+
+    with contextlib.closing(answers):
+        yield window
+
+
+def _arrivals(
+    answers: Iterator[dict[str, Any]], requests: int, most: float = math.inf
+) -> list[list[tuple[float, int]]]:
+    """Seconds and tokens so far of every answer, until each request has had so many tokens more."""
+    seen: list[list[tuple[float, int]]] = [[] for _ in range(requests)]
+    for part in answers:
+        if "error" in part:
+            raise RuntimeError(part["error"]["message"])
+        own = seen[part.get("index", 0)]
+        own.append((time.perf_counter(), part["meta_info"]["completion_tokens"]))
+        if all(own and own[-1][1] - own[0][1] >= most for own in seen):
+            break
+    return seen
+
+
+def _median_gap(seen: list[list[tuple[float, int]]], settling: int) -> float:
+    """Milliseconds between tokens of requests, from when all have begun until one ends; a busy
+    server may send several tokens in one answer."""
+    gaps = []
+    if all(seen):
+        start, end = max(own[0][0] for own in seen), min(own[-1][0] for own in seen)
+        gaps = [
+            (later - earlier) / (tokens - before)
+            for own in seen
+            for (earlier, before), (later, tokens) in itertools.pairwise(own[settling:])
+            if earlier >= start and later <= end and tokens > before
+        ]
+    if len(gaps) < len(seen):
         raise RuntimeError(
             "the requests never decoded together, so nothing was measured; decode more tokens."
         )

@@ -8,39 +8,28 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from arkvale_sglang.cli.launch import Server
-from bench.latency import DEVICE_TOKENS
-from bench.sides import ARKVALE, COMMON, Log, Row, body, per_token, prompt
+from bench.sides import Log, Row, body, per_token
 
 PARTS = ("append", "score", "select", "resolve", "recall", "attend")
 STEPS = 24
 
 
-def breakdown(model: Path, contexts: Sequence[int], layers: int, log: Log) -> Iterator[Row]:
-    """Milliseconds of every part of a decode step at a budget of 1024, and of all else.
+def parts(server: Server, tokens: list[int], budget: int, log: Log) -> Iterator[Row]:
+    """Milliseconds of every part of a decode step of a cached prompt, and of all else.
 
     The profiler slows ops down, so its shares are applied to the time without it.
     """
-    flags = [
-        *COMMON, *ARKVALE, "--max-total-tokens", str(2 * sum(contexts)), "--arkvale-budget",
-        "1024", "--arkvale-device-tokens", str(DEVICE_TOKENS), "--arkvale-host-memory", "3",
-        "--arkvale-dense-layers", "0",
-    ]  # fmt: skip
-    with Server(model, flags) as server:
-        for context in contexts:
-            yield from _parts(server, context, layers, log)
-
-
-def _parts(server: Server, context: int, layers: int, log: Log) -> Iterator[Row]:
-    tokens = prompt(context, "steps")
-    whole = statistics.median(per_token(server, [tokens], 2 * STEPS) for _ in range(3))
+    context, settings = len(tokens), {"budget": budget}
+    layers = len(server.arkvale()["layers"])
+    whole = statistics.median(per_token(server, [tokens], 2 * STEPS, settings) for _ in range(3))
     with tempfile.TemporaryDirectory() as folder:
         server.post("/start_profile", {"output_dir": folder, "activities": ["CPU"]})
-        server.post("/generate", body(tokens, STEPS))
+        server.post("/generate", body(tokens, STEPS, settings))
         server.post("/stop_profile", {})
         shares = shares_of(_trace(Path(folder)), layers)
     for name, share in shares.items():
@@ -50,7 +39,7 @@ def _parts(server: Server, context: int, layers: int, log: Log) -> Iterator[Row]
             "part": name,
             "context": context,
             "batch": 1,
-            "budget": 1024,
+            "budget": budget,
             "arkvale": round(share * whole, 4),
             "unit": "ms",
         }

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from arkvale_sglang.cli.launch import Server
-from bench import latency, sides, throughput
+from bench import latency, sides, steps, throughput
 
 POOL = 16_384
 FRAMES = 2048
@@ -59,7 +59,11 @@ def check(row, rounds: int) -> None:
 
 def test_decoding_has_a_row_for_every_context_batch_and_budget(shared, model):
     contexts = {256: (1,), 1200: (1, 2)}
-    rows = list(latency.decoding("decode", model, contexts, (128, 512), 2, quiet))
+    found = latency.decoding("decode", model, contexts, (128, 512), 2, quiet, profiled=(1200,))
+    rows = list(found)
+    parts = {row["part"]: row["arkvale"] for row in rows if row["case"] == "step"}
+    rows = [row for row in rows if row["case"] == "decode"]
+    assert list(parts) == [*steps.PARTS, "rest"] and min(parts["score"], parts["rest"]) > 0
     assert [(row["context"], row["batch"], row["budget"]) for row in rows] == [
         (context, batch, budget)
         for context, batches in contexts.items()

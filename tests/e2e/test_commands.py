@@ -130,13 +130,16 @@ def test_the_quality_command_fills_its_page_from_its_csv(tmp_path):
 def test_the_benchmark_fills_its_page_from_its_rows(tmp_path):
     done = run(
         "make", "bench-smoke", f"PYTHON={sys.executable}",
-        f"ARGS=--quick --only steps --only under_budget --out {tmp_path} --docs {tmp_path}",
+        f"ARGS=--quick --only decode --only under_budget --out {tmp_path} --docs {tmp_path}",
         seconds=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     steps = report.of(rows, "step", context=8192)
-    under_budget = [row for row in rows if row["case"] != "step"]
+    assert [(row["context"], row["batch"]) for row in report.of(rows, "decode")] == [
+        (512, 1), (8192, 1), (8192, 4),
+    ]  # fmt: skip
+    under_budget = [row for row in rows if row["case"].startswith("under_budget")]
     assert [row["case"] for row in under_budget] == [
         "under_budget_decode", "under_budget_prefill",
     ]  # fmt: skip
@@ -148,7 +151,7 @@ def test_the_benchmark_fills_its_page_from_its_rows(tmp_path):
         assert f"| {row['stock']:,.2f} | {row['arkvale']:,.2f} |" in page
     assert "Not measured in this run." in page
     assert {path.name for path in tmp_path.glob("images/*.png")} == {
-        "performance_steps.png",
+        f"performance_{name}.png" for name in ("batches", "decode", "steps")
     }  # fmt: skip
 
 
