@@ -62,7 +62,7 @@ DEFAULT = Scale(
         512: (1, 4, 8), 2 * K: (1, 4, 8), 4 * K: (1,), 8 * K: (1, 4, 8), 16 * K: (1,),
         32 * K: (1,), 64 * K: (1,),
     },
-    budgets=(512, 1024, 2048, 4096), others=32 * K, profiled=(4 * K, 32 * K, 64 * K),
+    budgets=(512, 1024, 2048, 4096), others=16 * K, profiled=(4 * K, 32 * K, 64 * K),
     follow_ups=(K, 4 * K, 16 * K, 32 * K),
     loads=throughput.LOADS, prefill_factors=(1, 2, 4, 8), rounds=3, sections=SECTIONS,
 )  # fmt: skip

@@ -70,6 +70,9 @@ def decoding(
                 if context in profiled and batch == 1:
                     with both.stock.paused():
                         yield from steps.parts(both.arkvale, prompts[0], budget, log)
+        if len(profiled) > 1:
+            with both.stock.paused():
+                yield growth(both.arkvale, min(profiled), max(profiled), budget, 4 * rounds, log)
         asked = sum(context * max(batches) for context, batches in contexts.items())
         if asked > DEVICE_TOKENS:
             must_have_evicted(both.arkvale)
@@ -101,6 +104,19 @@ def _grid(
     for budget, times in ours.items():
         where = {"context": context, "batch": batch, "budget": budget}
         yield row(case, {"stock": stock, "arkvale": times}, log, "ms", **where)
+
+
+def growth(server: Server, short: int, long: int, budget: int, rounds: int, log: Log) -> Row:
+    """A token over a long cached context beside one over a short one, in turn, since a shared
+    machine is slower in some minutes: in this row ``stock`` is the short context."""
+    settings, times = {"budget": budget}, {"stock": [], "arkvale": []}
+    both = [[prompt(context, (context, 0))] for context in (short, long)]
+    for turn in range(-1, rounds):
+        for side, prompts in zip(times, both, strict=True):
+            elapsed = per_token(server, prompts, 2 * DECODED, settings)
+            if turn >= 0:
+                times[side].append(elapsed)
+    return {**row("growth", times, log, "ms", context=long, budget=budget), "short": short}
 
 
 def follow_ups(model: Path, contexts: Sequence[int], rounds: int, log: Log) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,14 +87,14 @@ def _cost(rows: list[Row], case: str, context: int | None = None) -> Found | Non
 
 
 def _growth(rows: list[Row], short: int, long: int, budget: int) -> Found | None:
+    """Of both contexts in turn; of the rows of the grid where that was not measured."""
+    if of(rows, "growth", context=long, short=short):
+        return _cost(rows, "growth")
     both = [of(rows, "decode", context=n, batch=1, budget=budget) for n in (short, long)]
     if not all(both):
         return None
-    few, many = (own[0] for own in both)
-    value = many["arkvale"] / few["arkvale"]
-    if "rounds" not in few or "rounds" not in many:
-        return Found(value, value, value)
-    before, after = (row["rounds"]["arkvale"] for row in (few, many))
+    before, after = (own[0]["rounds"]["arkvale"] for own in both)
+    value = statistics.median(after) / statistics.median(before)
     return Found(value, min(after) / max(before), max(after) / min(before))
 
 
@@ -252,14 +253,15 @@ def dense(rows: list[Row]) -> str:
 EVIDENCE = (
     ("decode at 32K context, 1K budget, no dense layers, ms per token",
      {"case": "decode", "context": 32_768, "batch": 1, "budget": 1024}),
-    ("the same with 2 of the 4 layers dense", {"case": "decode_dense_2"}),
-    ("the same with 2 KV heads for 8 query heads, no dense layers", {"case": "decode_gqa"}),
+    ("likewise at {context:,} tokens, 2 of the 4 layers dense", {"case": "decode_dense_2"}),
+    ("likewise at {context:,} tokens, 2 KV heads for 8 query heads, no dense layers",
+     {"case": "decode_gqa"}),
     ("16 new tokens on a cached 32K prefix, ms to the first token",
      {"case": "follow_up", "context": 32_768}),
     ("16 prompts of 4K at once, 8K tokens on the device, budget {budget}, seconds",
      {"case": "long_prompts"}),
     ("25 questions on one document of 6K, likewise", {"case": "shared_prefix"}),
-    ("16 chats of 4K that return, likewise", {"case": "returning_chats"}),
+    ("{batch} chats of 4K that return, likewise", {"case": "returning_chats"}),
     ("decode at 512 tokens, nothing evicted, ms per token", {"case": "under_budget_decode"}),
     ("prefill of 2K tokens, nothing evicted, ms", {"case": "under_budget_prefill"}),
 )  # fmt: skip

@@ -59,8 +59,11 @@ def check(row, rounds: int) -> None:
 
 def test_decoding_has_a_row_for_every_context_batch_and_budget(shared, model):
     contexts = {256: (1,), 1200: (1, 2)}
-    found = latency.decoding("decode", model, contexts, (128, 512), 2, quiet, profiled=(1200,))
-    rows = list(found)
+    profiled = tuple(contexts)
+    rows = list(latency.decoding("decode", model, contexts, (128, 512), 2, quiet, 0, profiled))
+    (growth,) = (row for row in rows if row["case"] == "growth")
+    assert (growth["short"], growth["context"]) == profiled and growth["budget"] == 512
+    check(growth, 8)
     parts = {row["part"]: row["arkvale"] for row in rows if row["case"] == "step"}
     rows = [row for row in rows if row["case"] == "decode"]
     assert list(parts) == [*steps.PARTS, "rest"] and min(parts["score"], parts["rest"]) > 0

@@ -52,6 +52,17 @@ def test_targets_are_judged_by_what_was_found():
     assert found["throughput, shared prefix"].endswith("| - |"), "a smaller load proves nothing"
 
 
+def test_growth_is_judged_by_rounds_of_both_contexts_where_there_are_some():
+    """The rows of the grid are minutes apart, on a machine that others use too."""
+    grid = [
+        row("decode", [50.0], [8.0], context=4096),
+        row("decode", [9.0], [16.0], context=65_536),
+    ]
+    in_turn = row("growth", [8.0, 16.0], [10.0, 20.0], context=65_536, short=4096)
+    for rows, shown in ((grid, "| 2.00 ("), ([*grid, in_turn], "| 1.25 (1.25 to 1.25) times")):
+        assert shown in report.targets_table(rows).splitlines()[3]
+
+
 def test_a_target_among_the_rounds_is_met_or_missed_within_the_noise():
     stock = [5.0, 5.0, 5.0]
     lines = report.targets_table(
