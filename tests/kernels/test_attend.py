@@ -127,8 +127,7 @@ def ragged(size: int) -> tuple[list[list[int]], list[int]]:
 @by_dtype
 @pytest.mark.parametrize("block", [1, 3, 9], ids="block{}".format)
 def test_rows_attend_to_their_chosen_tokens_and_to_no_other(heads, size, dtype, block, monkeypatch):
-    """Ragged lists with NaN in every frame, tail and hole that a row must not see; read in blocks
-    of which some hold nothing of a row."""
+    """Ragged lists, in blocks, with NaN in every frame, tail and hole that a row must not see."""
     query_heads, kv_heads, dim = heads
     monkeypatch.setattr(reference, "COPY_BYTES", block * 4 * size * kv_heads * dim * dtype.itemsize)
     lane_frames, lengths = ragged(size)
@@ -136,8 +135,7 @@ def test_rows_attend_to_their_chosen_tokens_and_to_no_other(heads, size, dtype, 
         blank_except(normal(12, size, kv_heads, dim, dtype=dtype, seed=seed), lane_frames, lengths)
         for seed in (1, 2)
     )
-    query = normal(4, query_heads, dim, dtype=dtype)
-    assert_rows(query, k_frames, v_frames, lane_frames, lengths)
+    assert_rows(normal(4, query_heads, dim, dtype=dtype), k_frames, v_frames, lane_frames, lengths)
 
 
 @by_heads
@@ -147,8 +145,7 @@ def test_rows_attend_to_their_chosen_tokens_and_to_no_other(heads, size, dtype, 
 def test_rows_of_one_length_attend_without_a_mask(heads, length, block, dtype, monkeypatch):
     """``common_length`` cuts the list instead of masking it; long lists are read in blocks."""
     query_heads, kv_heads, dim = heads
-    page_bytes = 2 * 32 * kv_heads * dim * dtype.itemsize
-    monkeypatch.setattr(reference, "COPY_BYTES", block * page_bytes)
+    monkeypatch.setattr(reference, "COPY_BYTES", block * 2 * 32 * kv_heads * dim * dtype.itemsize)
     lengths, pages = [length] * 2, -(-length // 32)
     lane_frames = [listed[:pages] for listed in ([3, 5, 0], [1, 4, 2])]
     k_frames, v_frames = (
