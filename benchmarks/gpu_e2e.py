@@ -20,7 +20,6 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -349,8 +348,7 @@ def main() -> int:
     if problem := complaint(options, sections):
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    # A server is a session of its own: it ends when its block is left, not with this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    launch.leave_blocks_on_sigterm()
     scale = SCALES[options.scale]
     options.budget = options.budget or scale.budget
     with tempfile.TemporaryDirectory() as folder:

@@ -156,6 +156,12 @@ class Server:
         return self.get("/server_info")["internal_states"][0]["arkvale"]
 
 
+def leave_blocks_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does: a server is a session of its own, so it
+    ends when its block is left, not with the process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def free_port(preferred: int | None = None) -> int:
     """A local port that nobody listens on, the preferred one if it is free; SGLang derives others
     from it, so stay well inside."""

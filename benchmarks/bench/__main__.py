@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from arkvale_sglang.cli.launch import leave_blocks_on_sigterm
 from bench import latency, report, throughput
 from bench.sides import Log, Row
 from conditions import conditions
@@ -132,8 +132,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     chosen = options()
-    # A server is a session of its own: it ends when its block is left, not with this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    leave_blocks_on_sigterm()
     begin, about = time.monotonic(), conditions()
 
     def log(line: str) -> None:

@@ -15,7 +15,6 @@ from arkvale_sglang.runtime.publish import STATS
 from bench import steps
 from bench.sides import (
     ARKVALE,
-    VOCABULARY,
     Log,
     Row,
     Sides,
@@ -68,11 +67,11 @@ def decoding(
                 prompts = [prompt(context, (context, index)) for index in range(batch)]
                 yield from _grid(case, both, prompts, budgets, rounds, log)
                 if context in profiled and batch == 1:
-                    with both.stock.paused():
-                        yield from steps.parts(both.arkvale, prompts[0], budget, log)
+                    with both.alone("arkvale") as server:
+                        yield from steps.parts(server, prompts[0], budget, log)
         if len(profiled) > 1:
-            with both.stock.paused():
-                yield growth(both.arkvale, min(profiled), max(profiled), budget, 4 * rounds, log)
+            with both.alone("arkvale") as server:
+                yield growth(server, min(profiled), max(profiled), budget, 4 * rounds, log)
         asked = sum(context * max(batches) for context, batches in contexts.items())
         if asked > DEVICE_TOKENS:
             must_have_evicted(both.arkvale)
@@ -89,18 +88,17 @@ def _grid(
     context, batch = len(prompts[0]), len(prompts)
     stock: list[float] = []
     ours: dict[int, list[float]] = {budget: [] for budget in budgets}
-    with both.stock.paused():
+    with both.alone("arkvale") as server:
         for tokens in prompts:  # one by one: prefill is not what is measured here
-            first_token(both.arkvale, tokens)
+            first_token(server, tokens)
     # Stock computes a prefix again whether it has it or not, so one request serves all rounds.
     with windows(both.stock, prompts, DECODED, rounds) as window:
         for _ in range(rounds):
             with both.arkvale.paused():
                 stock.append(window())
-            with both.stock.paused():
-                first_token(both.arkvale, [VOCABULARY[0]])  # wakes it
+            with both.alone("arkvale") as server:
                 for budget, times in ours.items():
-                    times.append(per_token(both.arkvale, prompts, DECODED, {"budget": budget}))
+                    times.append(per_token(server, prompts, DECODED, {"budget": budget}))
     for budget, times in ours.items():
         where = {"context": context, "batch": batch, "budget": budget}
         yield row(case, {"stock": stock, "arkvale": times}, log, "ms", **where)

@@ -39,12 +39,20 @@ class Sides:
     stock: Server
     arkvale: Server
 
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[Server]:
+        """The server of one side, alone on the machine and awake inside the block."""
+        server, other = self.stock, self.arkvale
+        if name == "arkvale":
+            server, other = other, server
+        with other.paused():
+            first_token(server, [VOCABULARY[0]])
+            yield server
+
     def each(self) -> Iterator[tuple[str, Server]]:
-        """Name and server of one side after the other, alone on the machine and awake."""
-        for name, other in (("stock", self.arkvale), ("arkvale", self.stock)):
-            with other.paused():
-                server: Server = getattr(self, name)
-                first_token(server, [VOCABULARY[0]])
+        """Name and server of one side after the other, each alone."""
+        for name in ("stock", "arkvale"):
+            with self.alone(name) as server:
                 yield name, server
 
 
