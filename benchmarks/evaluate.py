@@ -23,7 +23,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from arkvale_sglang.cli.launch import Server
+from arkvale_sglang.cli.launch import Server, leave_blocks_on_sigterm
 from conditions import conditions
 
 TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
@@ -132,6 +132,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> int:
     options, flags = parse(sys.argv[1:])
+    leave_blocks_on_sigterm()
     results = {}
     for policy in POLICIES:
         with served(options, policy, flags) as url:

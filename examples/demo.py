@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from arkvale_sglang.cli.launch import Server
+from arkvale_sglang.cli.launch import Server, leave_blocks_on_sigterm
 from arkvale_sglang.cli.report import table
 from needle_model import text
 
@@ -83,6 +83,7 @@ class Chat:
 
 def main() -> int:
     flags = [*FLAGS, *sys.argv[1:]]
+    leave_blocks_on_sigterm()
     print("starting SGLang under --kv-policy arkvale ...", flush=True)
     with Server(MODEL, flags) as server:
         print(" ".join(["  $ python", *server.command[1:]]), flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from arkvale_sglang.cli.launch import Server
+from arkvale_sglang.cli.launch import Server, leave_blocks_on_sigterm
 from conditions import conditions
 from needle_model import text
 from quality import digests, report
@@ -96,6 +96,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     chosen = options()
+    leave_blocks_on_sigterm()
     begin, about = time.monotonic(), conditions()
     chosen.out.mkdir(parents=True, exist_ok=True)
     part = chosen.out / "quality.csv.part"

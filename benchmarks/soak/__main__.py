@@ -26,7 +26,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 import figures
-from arkvale_sglang.cli.launch import Server
+from arkvale_sglang.cli.launch import Server, leave_blocks_on_sigterm
 from conditions import conditions
 from soak import trend
 from soak.load import CLIENTS, ENVIRONMENT, FLAGS, Load
@@ -153,6 +153,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     chosen, about = options(), conditions()
+    leave_blocks_on_sigterm()
     chosen.out.mkdir(parents=True, exist_ok=True)
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
