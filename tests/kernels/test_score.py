@@ -56,15 +56,17 @@ def random_digests(pages: int, kv_heads: int, dim: int, dtype=torch.float32) -> 
 
 
 def batch(guards, counts: list[int], kv_heads: int, per_kv: int, dim: int, dtype, stored,
-          rule: SelectionRule = RULE, groups: int = 1):  # fmt: skip
-    """Arguments of the op: rows lane-minor, pages in any order and their ids in a wide table,
-    garbage beyond a row's end; digests of pages that do not compete are NaN."""
+          rule: SelectionRule = RULE, groups: int = 1, order: list[int] | None = None):  # fmt: skip
+    """Arguments of the op: rows lane-minor, pages in any order, or in the one that is given, and
+    their ids in a wide table, garbage beyond a row's end; digests of pages that do not compete are
+    NaN."""
     draw, width, stride = np.random.default_rng(0), max(counts) + 1, max(counts) + 5
     total = groups * stride
     lane_pages = torch.full((len(counts), width), GARBAGE, dtype=torch.int32)
     competing = torch.zeros(total, dtype=torch.bool)
     for row, count in enumerate(counts):
-        pages = 1 + draw.permutation(stride - 1)[:count] + row % groups * stride
+        ids = 1 + draw.permutation(stride - 1) if order is None else np.array(order)
+        pages = ids[:count] + row % groups * stride
         lane_pages[row, :count] = torch.from_numpy(pages)
         competing[pages[list(candidates(count, rule))]] = True
     digests = random_digests(total, kv_heads, dim, stored)
@@ -153,6 +155,23 @@ def test_the_reference_scores_one_run_of_pages_after_the_other(reduce, run, guar
     arguments = batch(guards, [20, 0, 17], 2, 3, 64, BF16, BF16)
     monkeypatch.setattr(reference, "COPY_BYTES", run * 3 * 4 * 2 * 2 * 64)
     assert_rows(reference.score_pages, arguments, reduce)
+
+
+@by_reduce
+@pytest.mark.parametrize("stored", [torch.float32, BF16, FP8], ids=str)
+def test_the_reference_reads_consecutive_pages_in_place(reduce, stored, guards, monkeypatch):
+    """One row in runs of 4 pages: ids may go back, leave one out, or jump between two runs."""
+    apart = [[10, 9, 11, 12], [16, 15, 14, 13], [17, 18, 20, 21]]
+    order = [*range(1, 9), *apart[0], *apart[1], *apart[2], *range(22, 26), 19]
+    dtype = BF16 if stored == FP8 else stored
+    arguments = batch(guards, [25], 2, 3, 64, dtype, stored, order=order)
+    monkeypatch.setattr(reference, "COPY_BYTES", 4 * 4 * 2 * 2 * 64)
+    gathered, gather = [], reference._rows_of
+    monkeypatch.setattr(
+        reference, "_rows_of", lambda d, pages: gathered.append(pages.tolist()) or gather(d, pages)
+    )
+    assert_rows(reference.score_pages, arguments, reduce)
+    assert gathered == [*apart, [19, 0]]
 
 
 @by_implementation

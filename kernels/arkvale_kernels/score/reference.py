@@ -7,6 +7,7 @@ averaged *before* the scan: one matrix-vector product per row whatever the GQA r
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 
 import torch
@@ -57,10 +58,21 @@ def score_pages(
 
 def _blocks(digests: torch.Tensor, lane_pages: torch.Tensor) -> Iterator[torch.Tensor]:
     """Digests of a run of pages of every row at a time: ``[rows, run, 2, KV heads, head_dim]``
-    float32."""
+    float32.
+
+    A prompt's pages mostly have consecutive ids, so one row's digests are mostly read in place.
+    """
     rows, row_bytes = lane_pages.shape[0], 4 * digests[0].numel()
+    jumps = (lane_pages.diff() != 1).nonzero()[:, 1].tolist() if rows == 1 else None
+    start = 0
     for run in lane_pages.split(max(1, COPY_BYTES // (rows * row_bytes)), dim=1):
-        yield _rows_of(digests, run.reshape(-1)).view(rows, -1, *digests.shape[1:])
+        stop = start + run.shape[1]
+        if jumps is not None and bisect_left(jumps, start) == bisect_left(jumps, stop - 1):
+            first = int(run[0, 0])
+            yield digests[first : first + stop - start].float().unsqueeze(0)
+        else:
+            yield _rows_of(digests, run.reshape(-1)).view(rows, -1, *digests.shape[1:])
+        start = stop
 
 
 def _dot(block: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
