@@ -108,7 +108,7 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
             case "throughput":
                 yield from throughput.throughput(mha, scale.loads, repeats, log)
             case "watching":
-                yield from latency.watching(mha, 4 * scale.rounds, log)
+                yield from latency.watching(mha, 8 * scale.rounds, log)
 
 
 def options() -> argparse.Namespace:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -20,6 +20,8 @@ from arkvale_sglang.cli.launch import Server
 
 Row = dict[str, Any]
 Log = Callable[[str], None]
+Average = Callable[[list[float]], float]
+Item = TypeVar("Item")
 
 COMMON = ["--random-seed", "1", "--log-level", "warning", "--context-length", "131072"]
 STOCK = ["--chunked-prefill-size", "-1", "--mem-fraction-static", "0.8"]
@@ -28,7 +30,7 @@ ARKVALE = ["--kv-policy", "arkvale", "--chunked-prefill-size", "4096"]
 VOCABULARY = (2, 258)
 WARM = 3
 """First gaps between tokens, which are left out."""
-SETTLING = 8
+SETTLING = 4
 """Likewise, of a window."""
 
 
@@ -63,14 +65,14 @@ def sides(model: Path, stock: Sequence[str], arkvale: Sequence[str]) -> Iterator
     ``stock`` may be the policy too, where two of its settings are compared.
     """
     plain = [] if "--kv-policy" in stock else STOCK
-    with Server(model, [*COMMON, *plain, *stock]) as first:
-        second = Server(model, [*COMMON, *arkvale])
+    first, second = Server(model, [*COMMON, *plain, *stock]), Server(model, [*COMMON, *arkvale])
+    try:
+        first.start()
         with first.paused():
             second.start()
-        try:
-            yield Sides(first, second)
-        finally:
-            second.stop()
+        yield Sides(first, second)
+    finally:
+        together(Server.stop, [first, second])
 
 
 def prompt(length: int, seed: object) -> list[int]:
@@ -104,15 +106,19 @@ def per_token(
 ) -> float:
     """Median milliseconds between tokens while all requests decode together."""
     # As one request: clients of their own would have to get through to a server that is busy.
-    return _median_gap(_arrivals(server.stream(body(prompts, new, settings)), len(prompts)), WARM)
+    return _gap(_arrivals(server.stream(body(prompts, new, settings)), len(prompts)), WARM)
 
 
 @contextlib.contextmanager
 def windows(
-    server: Server, prompts: Sequence[list[int]], new: int, most: int
+    server: Server,
+    prompts: Sequence[list[int]],
+    new: int,
+    most: int,
+    average: Average = statistics.median,
 ) -> Iterator[Callable[[], float]]:
     """Requests that decode together while the block lasts, for up to ``most`` windows of ``new``
-    tokens: each call waits for one and returns its median milliseconds between tokens.
+    tokens: each call waits for one and returns its average milliseconds between tokens.
 
     Between calls the server may be suspended.  What it sends before that is in the next window's
     first gaps, which are left out, as is what it computes when it wakes.
@@ -120,7 +126,7 @@ def windows(
     answers = server.stream(body(prompts, most * (new + 2 * SETTLING)))
 
     def window() -> float:
-        return _median_gap(_arrivals(answers, len(prompts), new + SETTLING), SETTLING)
+        return _gap(_arrivals(answers, len(prompts), new + SETTLING), SETTLING, average)
 
     with contextlib.closing(answers):
         yield window
@@ -141,7 +147,9 @@ def _arrivals(
     return seen
 
 
-def _median_gap(seen: list[list[tuple[float, int]]], settling: int) -> float:
+def _gap(
+    seen: list[list[tuple[float, int]]], settling: int, average: Average = statistics.median
+) -> float:
     """Milliseconds between tokens of requests, from when all have begun until one ends; a busy
     server may send several tokens in one answer."""
     gaps = []
@@ -157,14 +165,14 @@ def _median_gap(seen: list[list[tuple[float, int]]], settling: int) -> float:
         raise RuntimeError(
             "the requests never decoded together, so nothing was measured; decode more tokens."
         )
-    return statistics.median(gaps) * 1e3
+    return average(gaps) * 1e3
 
 
-def together(work: Callable[[int], None], items: Sequence[int]) -> None:
+def together(work: Callable[[Item], None], items: Sequence[Item]) -> None:
     """Run ``work`` for every item at once; the first failure is raised."""
     failures: list[BaseException] = []
 
-    def run(item: int) -> None:
+    def run(item: Item) -> None:
         try:
             work(item)
         except BaseException as error:

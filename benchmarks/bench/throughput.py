@@ -52,7 +52,7 @@ class Load:
 
 
 LOADS = (
-    Load("long_prompts", chats=16, shared=0, message=4000, new=384),
+    Load("long_prompts", chats=16, shared=0, message=4000, new=256),
     Load("shared_prefix", chats=25, shared=6000, message=200, new=64),
     Load("returning_chats", chats=10, shared=4000, message=100, new=64, turns=2),
 )

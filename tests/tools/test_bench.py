@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -31,6 +33,22 @@ def test_a_row_holds_the_median_ratio_of_rounds_and_its_spread():
     assert found["spread"] == [1.5, 4.0]
     with pytest.raises(ValueError):
         row("decode", [1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(("average", "found"), [(statistics.median, 2.5), (statistics.mean, 4.0)])
+def test_a_window_leaves_its_first_gaps_out(average, found, monkeypatch):
+    """One answer goes through both windows."""
+    gaps = [9.0, *[50.0] * sides.SETTLING, 1.0, 2.0, 3.0, 10.0]
+    clock = itertools.accumulate(gaps * 2)
+    monkeypatch.setattr(sides.time, "perf_counter", lambda: next(clock) / 1e3)
+
+    class Server:
+        def stream(self, body):
+            for token in range(body["sampling_params"]["max_new_tokens"]):
+                yield {"meta_info": {"completion_tokens": token}}
+
+    with sides.windows(Server(), [[1]], 4, 2, average) as window:
+        assert [window(), window()] == pytest.approx([found, found])
 
 
 def test_targets_are_judged_by_what_was_found():
@@ -104,12 +122,18 @@ def test_watched_and_unwatched_take_turns_and_a_silent_stream_voids_them(monkeyp
         def post(self, *_):
             return {}
 
-    def per_token(server, prompts, new):
-        turns.append(server.name)
-        publisher.poll()
-        publisher.send(STATS, {})
-        time.sleep(0.05)
-        return 10.0 if server.name == "unwatched" else 10.1
+    @contextlib.contextmanager
+    def windows(server, prompts, new, most, average):
+        assert average([1.0, 1.0, 4.0]) == 2.0, "a message's cost falls on one token of many"
+
+        def window():
+            turns.append(server.name)
+            publisher.poll()
+            publisher.send(STATS, {})
+            time.sleep(0.05)
+            return 10.0 if server.name == "unwatched" else 10.1
+
+        yield window
 
     @contextlib.contextmanager
     def both(model, stock, arkvale):
@@ -117,7 +141,7 @@ def test_watched_and_unwatched_take_turns_and_a_silent_stream_voids_them(monkeyp
         yield sides.Sides(Server("unwatched"), Server("watched"))
 
     monkeypatch.setattr(latency, "sides", both)
-    monkeypatch.setattr(latency, "per_token", per_token)
+    monkeypatch.setattr(latency, "windows", windows)
     (found,) = latency.watching(ROOT, 3, lambda _: None)
     assert turns == ["unwatched", "watched"] * 6
     assert found["case"] == "watching" and found["ratio"] == pytest.approx(10 / 10.1, abs=1e-3)
