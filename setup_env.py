@@ -73,10 +73,15 @@ def fingerprint(release: str | None, gpu: bool) -> str:
     return digest.hexdigest()
 
 
+def site_packages(path: Path) -> Path | None:
+    """Where an environment keeps its libraries; ``None`` if there is none."""
+    return next(path.glob("lib/python*/site-packages"), None)
+
+
 def overlay(path: Path) -> None:
     """Let the environment see the libraries of .venv behind its own."""
-    base = next((ROOT / ".venv").glob("lib/python*/site-packages"))
-    site = next(path.glob("lib/python*/site-packages"))
+    base, site = site_packages(ROOT / ".venv"), site_packages(path)
+    assert base is not None and site is not None
     (site / "00-base.pth").write_text(f"{base}\n")  # first: the finders below import from it
     for finder in base.glob("__editable__*arkvale*.pth"):
         shutil.copy(finder, site / finder.name)
@@ -99,6 +104,13 @@ def main() -> int:
     named = parser.parse_args().release
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything is checked
         print("error: Python 3.11 or newer is needed; point PYTHON at one.", file=sys.stderr)
+        return 2
+    if named is not None and site_packages(ROOT / ".venv") is None:
+        print(
+            "error: another release needs the libraries of .venv, which is not there; run "
+            "python3 setup_env.py first.",
+            file=sys.stderr,
+        )
         return 2
     gpu = has_gpu()
     return max(prepare(release, gpu) for release in (releases() if named == "all" else [named]))

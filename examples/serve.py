@@ -1,4 +1,4 @@
-"""A server under the arkvale policy that stays up until Ctrl-C.
+"""A server under the arkvale policy that stays up until Ctrl-C or a SIGTERM.
 
     make serve
     python examples/serve.py [--model-path PATH] [any flag of sglang.launch_server]
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from arkvale_sglang.cli.launch import free_port
+from arkvale_sglang.cli.launch import free_port, leave_blocks_on_sigterm
 
 MODEL = Path(__file__).resolve().parent / "needle_model/model"
 SMALL = [
@@ -62,6 +62,7 @@ def main() -> int:
         f"  .venv/bin/arkvale top {url}    # a live view of hit rates, frames and requests\n",
         flush=True,
     )
+    leave_blocks_on_sigterm()  # which ends what subprocess.run waits for
     command = [sys.executable, "-m", "sglang.launch_server", "--kv-policy", "arkvale", *flags]
     try:
         return subprocess.run(command).returncode

@@ -41,7 +41,7 @@ class Server:
     ):
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log or Path(tempfile.mkstemp(prefix="arkvale-server-", suffix=".log")[1])
+        self.log = log or _new_log()
         self.command = [
             python, "-m", "sglang.launch_server", "--model-path", str(model),
             "--host", "127.0.0.1", "--port", str(self.port), *flags,
@@ -57,26 +57,30 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Start and wait until the server answers.
+        """Start and wait until the server answers; it is ended if that is left by an exception.
 
         Raises:
             ServerFailed: it ended before it answered, or took too long.
         """
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=self._env, start_new_session=True
-            )
+        try:
+            with self.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self.command, stdout=log, stderr=log, env=self._env, start_new_session=True
+                )
+            self._wait_for_an_answer(self._process)
+        except BaseException:
+            self.stop()  # a session of its own, which nothing else would end
+            raise
+
+    def _wait_for_an_answer(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise ServerFailed(
-                    f"the server ended with {self._process.returncode}: {self.tail()}"
-                )
+            if process.poll() is not None:
+                raise ServerFailed(f"the server ended with {process.returncode}: {self.tail()}")
             with contextlib.suppress(OSError, urllib.error.URLError):
                 urllib.request.urlopen(f"{self.url}/health", timeout=10).close()
                 return
             time.sleep(0.25)
-        self.stop()
         raise ServerFailed(f"the server did not answer in {START_SECONDS:.0f} s: {self.tail()}")
 
     @property
@@ -160,6 +164,12 @@ def leave_blocks_on_sigterm() -> None:
     """Let SIGTERM end this process as an exception does: a server is a session of its own, so it
     ends when its block is left, not with the process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def _new_log() -> Path:
+    handle, path = tempfile.mkstemp(prefix="arkvale-server-", suffix=".log")
+    os.close(handle)
+    return Path(path)
 
 
 def free_port(preferred: int | None = None) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,12 +56,25 @@ def test_every_other_release_that_the_suite_runs_on_can_be_set_up(monkeypatch):
         listed = (ROOT / f"requirements/sglang-{release}.txt").read_text()
         assert listed == f"sglang=={release}\n"
     made = []
+    monkeypatch.setattr(setup, "site_packages", lambda path: path)
     monkeypatch.setattr(
         setup, "prepare", lambda release, gpu: made.append(release) or int(release == "0.5.18")
     )
     monkeypatch.setattr(sys, "argv", ["setup_env.py", "--release", "all"])
     assert setup.main() == 1
     assert made == setup.releases()
+
+
+@pytest.mark.parametrize("release", ["0.5.17", "all"])
+def test_another_release_without_the_first_environment_is_one_sentence(
+    monkeypatch, tmp_path, capsys, release
+):
+    setup = load("setup_env.py")
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--release", release])
+    assert setup.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -72,6 +87,7 @@ def test_the_example_server_takes_model_and_port_in_every_form(monkeypatch, caps
     serve = load("examples/serve.py")
     commands = []
     monkeypatch.setattr(serve, "free_port", lambda _: pytest.fail("a port was named"))
+    monkeypatch.setattr(serve, "leave_blocks_on_sigterm", lambda: None)
     monkeypatch.setattr(
         subprocess, "run",
         lambda command: commands.append(command) or SimpleNamespace(returncode=0),
@@ -87,6 +103,7 @@ def test_the_example_server_brings_its_own_model_and_port(monkeypatch):
     serve = load("examples/serve.py")
     commands = []
     monkeypatch.setattr(serve, "free_port", lambda preferred: preferred + 1)
+    monkeypatch.setattr(serve, "leave_blocks_on_sigterm", lambda: None)
     monkeypatch.setattr(
         subprocess, "run",
         lambda command: commands.append(command) or SimpleNamespace(returncode=0),
@@ -96,3 +113,22 @@ def test_the_example_server_brings_its_own_model_and_port(monkeypatch):
     assert "--model-path" in commands[0] and commands[0][-2:] == ["--port", "30001"]
     budgets = [i for i, word in enumerate(commands[0]) if word == "--arkvale-budget"]
     assert commands[0][budgets[-1] + 1] == "777"  # the last one counts
+
+
+def test_a_sigterm_to_the_example_server_ends_what_it_started(tmp_path):
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").touch()
+    (tmp_path / "sglang/launch_server.py").write_text(
+        "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
+    )
+    serving = subprocess.Popen(
+        [sys.executable, "examples/serve.py", "--port", "81", "--model-path", "none"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    server = int(next(line for line in serving.stdout if line.startswith("pid ")).split()[1])
+    serving.send_signal(signal.SIGTERM)
+    assert serving.wait(10) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+    serving.stdout.close()
