@@ -14,7 +14,7 @@ import json
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from arkvale_sglang.runtime.publish import PAGES, STATS
 from arkvale_sglang.runtime.watch import STATES
 
 FORMAT, VERSION = "arkvale-stream", 1
+_LONGEST_BEGIN = 1 << 20
+"""Bytes of the line that begins a recording: settings and counters of every layer."""
 
 
 @dataclasses.dataclass
@@ -83,12 +85,34 @@ def _opened(path: Path) -> Any:
         raise ArkValeError(
             f"{path} cannot be written ({error.strerror}); name another file."
         ) from None
-    if file.tell():
-        read(path)
-        file.seek(-1, 2)
-        if file.read() != b"\n":
-            file.write(b"\n")
+    try:
+        if file.tell():
+            _check_begin(path, file)
+            file.seek(-1, 2)
+            if file.read() != b"\n":
+                file.write(b"\n")
+    except BaseException:
+        file.close()
+        raise
     return file
+
+
+def _check_begin(path: Path, file: BinaryIO) -> None:
+    """Refuse a file that does not begin as recordings do; they are long, so no more is read."""
+    file.seek(0)
+    lines = iter(lambda: file.readline(_LONGEST_BEGIN), b"")
+    first = next(filter(bytes.strip, lines), b"")
+    try:
+        if json.loads(first).get("format") == FORMAT:
+            return
+    except (ValueError, AttributeError):
+        pass
+    raise _no_recording(path, bool(first))
+
+
+def _no_recording(path: Path, something: bool) -> ArkValeError:
+    what = "is no recording" if something else "is empty"
+    return ArkValeError(f"{path} {what}; make one with: arkvale record URL FILE.")
 
 
 def _line(entry: dict[str, Any]) -> bytes:
@@ -120,8 +144,7 @@ def read(path: Path) -> Recording:
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error):
             found.broken += 1
     if not found.servers:
-        what = "is no recording" if any(lines) else "is empty"
-        raise ArkValeError(f"{path} {what}; make one with: arkvale record URL FILE.")
+        raise _no_recording(path, any(lines))
     return found
 
 

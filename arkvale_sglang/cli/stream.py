@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import signal
 import threading
@@ -22,6 +23,12 @@ DEFAULT_URL = "http://127.0.0.1:30000"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _QUIET_SECONDS = 5.0
 """Silence after which the server is asked whether it is still there."""
+_ANSWER_SECONDS = 30.0
+"""Longest wait for its answer."""
+
+
+class _Busy(ArkValeError):
+    """The server is there, or was, and takes long to answer."""
 
 
 class Message(NamedTuple):
@@ -42,26 +49,38 @@ def server_state(url: str, api_key: str | None = None) -> dict[str, Any]:
     """The policy's part of ``/server_info``.
 
     Raises:
-        ArkValeError: no server, no policy, or a key that is not the server's.
+        ArkValeError: no address, no server, no policy, or a key that is not the server's.
     """
+    if not _is_address(url):
+        raise ArkValeError(f"{url} is no address of a server; give one like {DEFAULT_URL}.")
     request = urllib.request.Request(f"{url.rstrip('/')}/server_info")
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            state = json.load(answer)["internal_states"][0]
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+            state = dict(json.load(answer)["internal_states"][0])
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             what = "another API key than this one" if api_key else "an API key"
             raise ArkValeError(f"{url} wants {what}; give its key with --api-key.") from None
         raise ArkValeError(f"{url} answers /server_info with {error}; is it SGLang?") from None
-    except (ValueError, KeyError, IndexError, TypeError):
+    except OSError as error:  # first: a connection that ends is an HTTPException too
+        late = isinstance(getattr(error, "reason", error), TimeoutError)
+        kind = _Busy if late else ArkValeError
+        raise kind(f"{url} does not answer ({error}); is the server up?") from None
+    except (ValueError, KeyError, IndexError, TypeError, http.client.HTTPException):
         raise ArkValeError(f"{url} is no SGLang server; give the address of one.") from None
-    except OSError as error:
-        raise ArkValeError(f"{url} does not answer ({error}); is the server up?") from None
     if "arkvale" not in state:
         raise ArkValeError(f"{url} serves without the policy; start it with --kv-policy arkvale.")
     return dict(state["arkvale"])
+
+
+def _is_address(url: str) -> bool:
+    try:
+        place = urllib.parse.urlsplit(url)
+        return place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+    except ValueError:
+        return False
 
 
 class Stream:
@@ -100,7 +119,7 @@ class Stream:
         """The next message, or ``None`` if none comes within so many seconds.
 
         Raises:
-            ArkValeError: the server has gone away.
+            ArkValeError: the server has gone away, or has another stream since it was restarted.
         """
         deadline = time.monotonic() + seconds
         quiet = 0.3  # a server that sleeps while idle learns of a subscriber once it is woken
@@ -109,9 +128,25 @@ class Stream:
             if self._socket.poll(int(1e3 * wait) + 1):
                 return self._read()
             if not self._greeted or left > _QUIET_SECONDS:
-                server_state(self.url, self._api_key)
+                self._ask()
                 quiet = min(2 * quiet, _QUIET_SECONDS)
         return None
+
+    def _ask(self) -> None:
+        """Whether the server is there and this its stream; a busy one answers later."""
+        try:
+            endpoint = server_state(self.url, self._api_key).get("stream")
+        except _Busy:
+            return
+        if endpoint is None:
+            raise ArkValeError(
+                f"{self.url} has no stream any more, since it was restarted without one or could "
+                "not go on with it; look at its log, then run the command again."
+            )
+        if endpoint != self.state["stream"]:
+            raise ArkValeError(
+                f"{self.url} was restarted and has another stream now; run the command again."
+            )
 
     def _read(self) -> Message:
         self._greeted = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
+from arkvale_kernels.profile import part
 from arkvale_sglang.config.settings import STREAM_OFF, ArkValeConfig
 from arkvale_sglang.integration import compat, requests
 from arkvale_sglang.integration.metrics import Exporter
@@ -26,8 +28,12 @@ class Watching:
         self._leads = True
         self._labels: dict[str, Any] | None = None
         self._broadcast: Broadcast | None = None
-        self.endpoint: str | None = None
-        """Of the stream, if this scheduler has one."""
+        self._publisher: Publisher | None = None
+
+    @property
+    def endpoint(self) -> str | None:
+        """Of the stream, while this scheduler has one."""
+        return self._publisher.endpoint if self._publisher else None
 
     def take_context(self, result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         """Learn who exports what: of several ranks only the first has a stream."""
@@ -42,48 +48,49 @@ class Watching:
         Raises:
             ArkValeError: the stream's endpoint cannot be bound.
         """
-        publisher = None
         if self._leads and self._config.stream != STREAM_OFF:
-            publisher = Publisher(self._config.stream)
-            self.endpoint = publisher.endpoint
+            self._publisher = Publisher(self._config.stream)
         export = None
         if self._labels is not None:
             export = Exporter(self._labels, cache.plan.geometry).publish
-        self._broadcast = Broadcast(cache, publisher, export)
+        self._broadcast = Broadcast(cache, self._publisher, export)
         logging.getLogger(compat.DECODE_LOGGER).addFilter(DecodeLine(cache))
 
     def after_pass(
         self, result: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """After each forward pass, on its stream."""
-        mode, rids = forward_batch.forward_mode, forward_batch.rids
-        if self._broadcast is None or mode.is_idle():
-            return
-        batch = None
-        if mode.is_decode():
-            if rids is None:  # a pass that only warms up
-                return
-            batch = Batch(
-                rids,
-                forward_batch.seq_lens_cpu,
-                requests.settings_of(forward_batch),
-                runner.attn_backend.forward_metadata,
-            )
-        self._tell(lambda broadcast: broadcast.after_pass(batch))
+        self._tell(lambda broadcast: _tell_pass(broadcast, runner, forward_batch))
 
     def before_idling(self, scheduler: Any) -> None:
         """Whenever the scheduler finds nothing to run, before it may sleep."""
         self._tell(Broadcast.idle)
 
     def _tell(self, what: Callable[[Broadcast], None]) -> None:
-        """Requests must not end with what only shows them: after a failure nothing is told."""
+        """Requests must not end with what only shows them: after a failure nothing is told, and
+        those who listen learn it from /server_info, which then names no stream."""
         if self._broadcast is None:
             return
         try:
-            what(self._broadcast)
+            with part("watch"):
+                what(self._broadcast)
         except Exception:
             logger.exception("arkvale: metrics and stream end here; requests go on.")
-            self._broadcast = None
+            publisher, self._broadcast, self._publisher = self._publisher, None, None
+            if publisher is not None:
+                with contextlib.suppress(Exception):
+                    publisher.close()
+
+
+def _tell_pass(broadcast: Broadcast, runner: Any, forward_batch: Any) -> None:
+    mode, rids = forward_batch.forward_mode, forward_batch.rids
+    if mode.is_idle():
+        return
+    if not mode.is_decode():
+        broadcast.after_pass(None)
+    elif rids is not None:  # else a pass that only warms up
+        lengths, settings = forward_batch.seq_lens_cpu, requests.settings_of(forward_batch)
+        broadcast.after_pass(Batch(rids, lengths, settings, runner.attn_backend.forward_metadata))
 
 
 class DecodeLine(logging.Filter):
@@ -93,15 +100,23 @@ class DecodeLine(logging.Filter):
         super().__init__()
         self._cache = cache
         self._before: Snapshot = cache.snapshots.latest()
+        self._failed = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add to the line, if it is one."""
-        if isinstance(record.msg, str) and record.msg.startswith("Decode batch"):
-            record.msg += self._words()
+        if self._failed or not isinstance(record.msg, str):
+            return True
+        if record.msg.startswith("Decode batch"):
+            try:
+                with part("watch"):
+                    record.msg += self._words()
+            except Exception:
+                self._failed = True
+                logger.exception("arkvale: the line about decoding goes on without its own words.")
         return True
 
     def _words(self) -> str:
-        now, before = self._cache.snapshots.current(time.time()), self._before
+        now, before = self._cache.snapshots.current(time.monotonic()), self._before
         self._before = now
         rate = now.hit_rate(before)
         seconds = max(now.time - before.time, 1e-9)

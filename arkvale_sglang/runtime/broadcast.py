@@ -23,6 +23,7 @@ EXPORT_SECONDS = 2.0
 _PER_SECOND = ("pages_recalled", "bytes_recalled", "pages_evicted", "bytes_backed_up")
 _WAITING = 64
 """Steps whose page states may be under way to the host."""
+_LONG_AGO = -float("inf")
 
 
 class Batch(NamedTuple):
@@ -54,12 +55,14 @@ class _Copied(NamedTuple):
     pages: list[int]
     waves: int
     time: float
+    """On the monotonic clock, as everywhere here but in what is sent."""
 
 
 class Broadcast:
     """Looks at the cache after passes and in idle moments.
 
-    While nobody listens a pass costs a look at the clock and one at the socket.
+    While nobody listens a pass costs a look at the clock and one at the socket; on a GPU, and where
+    counters are exported, also a snapshot every ``STATS_SECONDS``.
 
     Args:
         publisher: of the stream; ``None`` where there is none.
@@ -82,7 +85,7 @@ class Broadcast:
         self._lengths = torch.zeros(0)
         self._settings: list[ArkValeConfig] | None = None
         self._idle = False
-        self._taken = self._exported = 0.0
+        self._taken = self._exported = _LONG_AGO
         self._due = False
         """Whether a snapshot was asked for that has not arrived yet."""
         self._sent: tuple[Snapshot, _Steps] | None = None
@@ -90,7 +93,7 @@ class Broadcast:
 
     def after_pass(self, batch: Batch | None) -> None:
         """Call on the forward stream after each pass; ``batch`` is ``None`` if it was a prefill."""
-        now = time.time()
+        now = time.monotonic()
         self._idle = False
         if batch is not None:
             self._note(batch, now)
@@ -105,9 +108,9 @@ class Broadcast:
         came = self._publisher is not None and self._publisher.poll()
         if not self._idle:
             self._idle, came = True, True
-            self._rids, self._began, self._exported = [], {}, 0.0
+            self._rids, self._began, self._exported = [], {}, _LONG_AGO
         if came and self._listens():
-            self._take(time.time())
+            self._take(time.monotonic())
         self._send_pages()
         self._tell()
 
@@ -156,7 +159,7 @@ class Broadcast:
         steps, calm, tokens = (now - then for now, then in zip(self._steps, earlier, strict=True))
         grown |= {"steps": steps, "tokens": tokens}
         return {
-            "time": latest.time,
+            "time": _since_epoch(latest.time),
             "interval": interval,
             "idle": self._idle,
             "calm": calm / steps if steps else None,
@@ -216,10 +219,11 @@ class Broadcast:
         layers = list(range(geometry.dense_layers, geometry.layers))
         while self._copied and self._copied[0].states.done and self._publisher is not None:
             copied = self._copied.popleft()
+            when = _since_epoch(copied.time)
             for row, rid in enumerate(copied.rids):
                 states = copied.states.tensor[:, row, :, : copied.pages[row]]
                 header = {
-                    "time": copied.time,
+                    "time": when,
                     "rid": rid,
                     "tokens": copied.lengths[row],
                     "layers": layers,
@@ -227,3 +231,8 @@ class Broadcast:
                     "waves": copied.waves,
                 }
                 self._publisher.send(PAGES, header, states.contiguous().numpy().tobytes())
+
+
+def _since_epoch(moment: float) -> float:
+    """Seconds since the epoch at a moment of the monotonic clock."""
+    return time.time() - time.monotonic() + moment

@@ -170,7 +170,7 @@ class PagedCache:
         """
         if self.store.device.type == "cpu":
             self.settle()
-        now = self.snapshots.current(time.time())
+        now = self.snapshots.current(time.monotonic())
         rate = now.hit_rate()
         return {
             "policy": "arkvale",

@@ -48,8 +48,8 @@ class Snapshot:
     rows: list[list[int]]
     """Of every managed layer: the device's totals, then ``LEVELS``."""
     logical_pages_used: int
-    time: float = dataclasses.field(default_factory=time.time)
-    """Seconds since the epoch."""
+    time: float = dataclasses.field(default_factory=time.monotonic)
+    """On the monotonic clock, so that what lies between two is right whatever sets the other."""
 
     @functools.cached_property
     def layers(self) -> list[dict[str, int]]:

@@ -19,6 +19,10 @@ ANY_PORT = "tcp://127.0.0.1:*"
 HIGH_WATER = 256
 """Messages that wait for one subscriber before it loses some."""
 _HEARTBEAT_MS = 10_000
+_LONGEST_WORD = 1024
+"""Bytes that a subscriber may say at once; topics are short."""
+_WORDS = 64
+"""Words of subscribers that are taken at once, since a pass waits meanwhile."""
 
 
 class Publisher:
@@ -39,13 +43,14 @@ class Publisher:
             (zmq.SNDHWM, HIGH_WATER),
             (zmq.XPUB_VERBOSE, 1),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+            (zmq.MAXMSGSIZE, _LONGEST_WORD),
         ):
             self._socket.setsockopt(option, value)
         try:
             if _is_taken(endpoint):
                 raise zmq.ZMQError(zmq.EADDRINUSE)
             self._socket.bind(endpoint or ANY_PORT)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, OSError) as error:  # the latter of a path that is too long
             self.close()
             raise ArkValeError(
                 f"--arkvale-stream {endpoint or ANY_PORT} cannot be bound ({error}); name another "
@@ -58,12 +63,19 @@ class Publisher:
         self._prefixes: set[bytes] = set()
 
     def poll(self) -> bool:
-        """Take word of those who came and went; returns whether someone new wants ``STATS``."""
+        """Take word of those who came and went; returns whether someone new wants ``STATS``.
+
+        Of many words some are left for the next call.
+        """
         came = False
-        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        for _ in range(_WORDS):
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                break
             with contextlib.suppress(zmq.Again):
                 word = self._socket.recv(zmq.NOBLOCK)
                 prefix = word[1:]
+                if not any(topic.encode().startswith(prefix) for topic in (STATS, PAGES)):
+                    continue
                 if word.startswith(b"\1"):
                     self._prefixes.add(prefix)
                     came = came or STATS.encode().startswith(prefix)

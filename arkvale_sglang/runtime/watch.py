@@ -64,7 +64,7 @@ class Snapshots:
     def take(self, now: float) -> None:
         """Start one, of what the passes given to the current stream so far leave.
 
-        ``now`` is in seconds since the epoch.
+        ``now`` is on the monotonic clock.
         """
         cache = self._cache
         copied = HostCopy(torch.cat((cache.counters.device, self._levels()), 1))

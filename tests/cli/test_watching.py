@@ -6,6 +6,7 @@ import base64
 import contextlib
 import http.server
 import json
+import socket
 import threading
 import time
 import zlib
@@ -25,11 +26,12 @@ POLICY = {"settings": {"budget": 256, "page_size": 16}}
 
 @contextlib.contextmanager
 def answering(state: object, code: int = 200) -> Iterator[str]:
-    """A server whose ``/server_info`` answers with one thing; gives its address."""
+    """A server whose ``/server_info`` answers with one thing, or what a function returns; gives
+    its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            body = json.dumps(state).encode()
+            body = json.dumps(state() if callable(state) else state).encode()
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -76,6 +78,7 @@ def said(capsys, *arguments: str) -> str:
         ({}, 401, "wants an API key; give its key with --api-key."),
         ({}, 404, "answers /server_info with HTTP Error 404: Not Found; is it SGLang?"),
         ([], 200, "is no SGLang server; give the address of one."),
+        ({"internal_states": [7]}, 200, "is no SGLang server; give the address of one."),
     ],
 )
 def test_a_server_that_cannot_be_watched_is_told_in_a_sentence(state, code, sentence, capsys):
@@ -89,6 +92,24 @@ def test_no_server_at_all(capsys, tmp_path):
         found = said(capsys, command, "http://127.0.0.1:9", *rest)
         assert "does not answer" in found and found.endswith("is the server up?")
     assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["myhost", "localhost:30000", "http://", "http://h:port", "ftp://h"]
+)
+def test_what_is_no_address_is_told_in_a_sentence(url, capsys):
+    found = said(capsys, "top", url)
+    assert found == f"{url} is no address of a server; give one like {stream.DEFAULT_URL}."
+
+
+def test_what_speaks_no_http_is_told_in_a_sentence(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        greeting = threading.Thread(target=lambda: other.accept()[0].sendall(b"220 hello\r\n"))
+        greeting.start()
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+        assert said(capsys, "top", url) == (f"{url} is no SGLang server; give the address of one.")
+        greeting.join()
+    assert "is no SGLang server" in said(capsys, "top", "http://my host")
 
 
 def test_a_stream_on_another_machines_loopback_is_out_of_reach():
@@ -115,6 +136,52 @@ def test_a_server_that_goes_away_ends_a_recording_with_what_came(tmp_path, capsy
     found = record.read(path)
     assert found.stats == [{"topic": "stats", "sequence": 0, "time": 1.0}]
     assert found.broken == 1 and len(found.servers) == 2
+
+
+@pytest.fixture
+def subscribed(monkeypatch):
+    """A subscriber, its publisher, and a list: the server answers with its last entry."""
+    monkeypatch.setattr(stream, "_QUIET_SECONDS", 0.05)
+    publisher = Publisher(None)
+    answers = [states(stream=publisher.endpoint)]
+
+    def answer():
+        found = answers[-1]
+        return found() if callable(found) else found
+
+    with answering(answer) as url, stream.Stream(url, None, [STATS]) as subscriber:
+        until(lambda: (publisher.poll(), publisher.wants(STATS))[1])
+        yield subscriber, publisher, answers
+    publisher.close()
+
+
+def test_a_server_too_busy_to_answer_is_waited_for(subscribed, monkeypatch):
+    subscriber, publisher, answers = subscribed
+    monkeypatch.setattr(stream, "_ANSWER_SECONDS", 0.05)
+    asked = []
+    answers.append(lambda: asked.append(time.sleep(0.3)))
+    assert subscriber.receive(1.0) is None
+    until(lambda: asked)
+    publisher.send(STATS, {"time": 1.0})
+    assert subscriber.receive(30.0).header["time"] == 1.0
+    with pytest.raises(ArkValeError, match="does not answer"):
+        stream.server_state(subscriber.url)
+
+
+@pytest.mark.parametrize(
+    "endpoint, sentence",
+    [
+        ("tcp://127.0.0.1:9", "was restarted and has another stream now; run the command again."),
+        (None, "has no stream any more, since it was restarted without one or"),
+    ],
+)
+def test_another_stream_at_the_same_address_ends_the_wait(subscribed, endpoint, sentence):
+    subscriber, publisher, answers = subscribed
+    publisher.send(STATS, {"time": 1.0})
+    assert subscriber.receive(30.0).header["time"] == 1.0
+    answers.append(states(stream=endpoint))
+    with pytest.raises(ArkValeError, match=sentence):
+        subscriber.receive(30.0)
 
 
 # -- files -----------------------------------------------------------------------------------
@@ -155,6 +222,19 @@ def test_nothing_is_appended_to_a_file_that_is_no_recording(tmp_path, capsys):
         assert "is no recording" in said(capsys, "record", url, str(path), "--seconds", "1")
     publisher.close()
     assert path.read_text() == "mine"
+
+
+def test_to_append_reads_the_begin_of_a_recording_alone(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text(f"{HEADER}\n" + '{"topic": "st')
+    monkeypatch.setattr(record, "read", None)
+    monkeypatch.setattr(record, "_LONGEST_BEGIN", len(HEADER) + 1)
+    with record._opened(path) as file:
+        file.write(b"more")
+    assert path.read_text() == f"{HEADER}\n" + '{"topic": "st\nmore'
+    path.write_text("\n\n")
+    with pytest.raises(ArkValeError, match="is empty; make one"):
+        record._opened(path)
 
 
 def test_without_matplotlib_plot_says_what_to_install(tmp_path, capsys, monkeypatch):

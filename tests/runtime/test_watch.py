@@ -220,6 +220,22 @@ def test_a_subscriber_that_stands_still_loses_messages_and_holds_up_nobody(publi
     lively.socket.close()
 
 
+def test_words_that_concern_no_topic_are_neither_kept_nor_waited_for(publisher):
+    heard = Subscriber(publisher.endpoint, PAGES)
+    until(lambda: listening(publisher, PAGES))
+    for number in range(100):
+        heard.socket.subscribe(f"statistics {number}")
+    heard.socket.subscribe(STATS)
+    time.sleep(0.3)
+    assert not listening(publisher, STATS), "some words are left for the next pass"
+    until(lambda: listening(publisher, STATS))
+    assert publisher._prefixes == {PAGES.encode(), STATS.encode()}
+    long = Subscriber(publisher.endpoint, "x" * 100_000)
+    assert not publisher._socket.poll(500), "nor is a word taken that is longer than any topic"
+    heard.socket.close()
+    long.socket.close()
+
+
 @pytest.mark.parametrize("kind", ["tcp", "ipc"])
 def test_an_endpoint_that_is_taken_is_refused_in_a_sentence(kind, tmp_path):
     """ZMQ itself would take the path of an ``ipc`` endpoint away from whoever has it."""
@@ -228,6 +244,11 @@ def test_an_endpoint_that_is_taken_is_refused_in_a_sentence(kind, tmp_path):
         Publisher(first.endpoint)
     first.close()
     Publisher(first.endpoint).close()
+
+
+def test_a_path_too_long_for_a_socket_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ArkValeError, match=r"cannot be bound .* name another endpoint, or off\.$"):
+        Publisher(f"ipc://{tmp_path / ('x' * 120)}")
 
 
 # -- what is told ----------------------------------------------------------------------------
@@ -303,6 +324,39 @@ def test_who_subscribes_while_nothing_runs_is_told_at_once(publisher):
     until(lambda: (told.idle(), publisher.wants(STATS))[1])
     found = heard.stats()
     assert len(found) == 1 and found[0]["idle"] and found[0]["hit_rate"] is None
+    heard.socket.close()
+
+
+def test_a_clock_that_is_set_back_stops_nothing(publisher, monkeypatch):
+    """Messages carry the time of the day, which does not decide when they are sent."""
+    fake = engine()
+    planned = last_step(fake, monkeypatch)
+    monkeypatch.setattr(broadcast, "STATS_SECONDS", 0.01)
+    monkeypatch.setattr(broadcast, "EXPORT_SECONDS", 0.01)
+    got = []
+    told = Broadcast(fake.cache, publisher, lambda snapshot, dropped: got.append(snapshot))
+    heard = Subscriber(publisher.endpoint, "")
+    until(lambda: listening(publisher, PAGES))
+    row = fake.add_row()
+    fake.extend({row: 400})
+    told.after_pass(None)
+    now = time.time()
+    for hours in range(3):
+        monkeypatch.setattr(time, "time", lambda hours=hours: now - 3600 * hours)
+        time.sleep(0.02)
+        fake.decode([row])
+        told.after_pass(decoded(fake, planned[-1], ["one"], [row]))
+    messages = heard.messages()
+    headers = {
+        topic: [json.loads(parts[1]) for parts in messages if parts[0] == topic.encode()]
+        for topic in (STATS, PAGES)
+    }
+    assert len(got) == len(headers[STATS]) == 4
+    for found in headers.values():
+        hours = [(now - one["time"]) / 3600 for one in found[-3:]]
+        assert hours == pytest.approx([0, 1, 2], abs=0.01)
+    stats = headers[STATS][-1]
+    assert 0 < stats["interval"] < 10 and 0 < stats["requests"][0]["ms_per_token"] < 10_000
     heard.socket.close()
 
 
