@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -209,18 +210,19 @@ class ArkValeConfig:
             return self
         if not isinstance(wishes, Mapping):
             raise ArkValeError(
-                f"custom_params['arkvale'] is {wishes!r}; make it an object of named settings."
+                f"custom_params['arkvale'] is {shown(wishes)}; make it an object of named settings."
             )
         for name, value in wishes.items():
             if name not in PER_REQUEST:
                 _refuse(
-                    f"custom_params['arkvale'] has {name!r}, which no request can set",
+                    f"custom_params['arkvale'] has {shown(name)}, which no request can set",
                     f"use any of {', '.join(PER_REQUEST)}",
                 )
             kind = int if name in ("budget", "top_k") else str
             if not isinstance(value, kind) or isinstance(value, bool):
                 _refuse(
-                    f"custom_params['arkvale'][{name!r}] is {value!r}", f"give it {_KINDS[kind]}"
+                    f"custom_params['arkvale'][{name!r}] is {shown(value)}",
+                    f"give it {_KINDS[kind]}",
                 )
         policy = wishes.get("policy", self.policy)
         _check_choice("custom_params['arkvale']['policy']", policy, POLICIES)
@@ -234,8 +236,8 @@ class ArkValeConfig:
             return dataclasses.replace(self, policy="full", selection="recall")
         if wishes.get("budget", 0) > self.budget:
             _refuse(
-                f"custom_params['arkvale'] asks for a budget of {wishes['budget']} tokens, but "
-                f"this server was started with --arkvale-budget {self.budget}",
+                f"custom_params['arkvale'] asks for a budget of {shown(wishes['budget'])} tokens, "
+                f"but this server was started with --arkvale-budget {self.budget}",
                 "ask for no more",
             )
         own: dict[str, Any] = dict(wishes)
@@ -270,11 +272,20 @@ class ArkValeConfig:
 
 
 _KINDS = {int: "a whole number", str: "a name"}
+_SHOWN = 100
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, _SHOWN, _SHOWN
+
+
+def shown(value: object) -> str:
+    """Of a value that came from outside as much as a sentence has room for."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        _refuse(f"{flag} {value!r} is unknown", f"choose one of {', '.join(choices)}")
+        _refuse(f"{flag} {shown(value)} is unknown", f"choose one of {', '.join(choices)}")
 
 
 def _refuse(what: str, remedy: str) -> None:

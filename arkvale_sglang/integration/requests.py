@@ -2,7 +2,7 @@
 told back with its answer.
 
 Requests carry it as ``custom_params: {"arkvale": {"budget": 1024, ...}}``, which SGLang takes among
-the sampling parameters of all its endpoints.
+the sampling parameters of ``/generate``, chats, completions and ``Engine.generate``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError
+from arkvale_sglang.config.settings import ArkValeConfig, ArkValeError, shown
 from arkvale_sglang.integration import compat, flags
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,18 @@ def install(hook: compat.Hook) -> None:
 
 
 def _wishes(custom_params: object) -> object:
-    return custom_params.get(KEY) if isinstance(custom_params, dict) else None
+    """What is asked of the policy; ``None`` for nothing.
+
+    Raises:
+        ArkValeError: nobody can tell, since it is no object.
+    """
+    if custom_params is None:
+        return None
+    if not isinstance(custom_params, Mapping):
+        raise ArkValeError(
+            f"custom_params is {shown(custom_params)}; make it an object, or leave it out."
+        )
+    return custom_params.get(KEY)
 
 
 def _settings(manager: Any, sampling_params: object) -> ArkValeConfig | None:
@@ -49,11 +60,11 @@ def _settings(manager: Any, sampling_params: object) -> ArkValeConfig | None:
     params = dict(manager.preferred_sampling_params or {})
     if isinstance(sampling_params, Mapping):
         params.update(sampling_params)
-    wishes = _wishes(params.get("custom_params"))
+    custom_params = params.get("custom_params")
     config = flags.current_config()
     if config is not None:
-        return config.for_request(wishes)
-    if wishes is not None:
+        return config.for_request(_wishes(custom_params))
+    if isinstance(custom_params, Mapping) and custom_params.get(KEY) is not None:
         raise ArkValeError(
             f"custom_params[{KEY!r}] has no effect without --kv-policy arkvale; leave it out or "
             "start the server with it."

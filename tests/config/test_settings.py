@@ -262,3 +262,15 @@ def test_a_server_cannot_have_the_policy_of_a_request():
 def test_nonsense_from_a_request_is_refused_in_a_sentence(wishes, message):
     with pytest.raises(ArkValeError, match=message):
         ArkValeConfig(budget=2048).for_request(wishes)
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    ["x" * 10**6, [["x" * 99] * 99] * 99, {"x" * 10**6: 1}, {"budget": ["x"] * 10**6},
+     {"policy": "x" * 10**6}, {"selection": "x" * 10**6}, {"budget": 10**3000}],
+    ids=["text", "list", "name", "value", "policy", "rule", "number"],
+)  # fmt: skip
+def test_a_refusal_repeats_no_more_than_a_sentence_holds(wishes):
+    with pytest.raises(ArkValeError) as caught:
+        ArkValeConfig().for_request(wishes)
+    assert len(str(caught.value)) < 300 and "; " in str(caught.value)

@@ -59,13 +59,42 @@ def test_nothing_of_what_holds_nonsense_passes(config, params):
         requests.check(print, manager(), SimpleNamespace(sampling_params=params))
 
 
-@pytest.mark.parametrize("params", [None, {}, [{}, None], "text", {"custom_params": [1]}], ids=str)
-def test_what_holds_no_wishes_is_for_sglang_to_judge(config, params):
+def passes(params: object) -> bool:
     passed = []
     requests.check(lambda *given: passed.append(given), manager(), SimpleNamespace(
         sampling_params=params
     ))  # fmt: skip
-    assert len(passed) == 1
+    return len(passed) == 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [None, {}, [{}, None], "text", {"custom_params": None}, {"custom_params": {"other": 1}}],
+    ids=str,
+)
+def test_what_holds_no_wishes_is_for_sglang_to_judge(config, params):
+    assert passes(params)
+
+
+@pytest.mark.parametrize(
+    "custom_params", ["x", "", 7, [1], ["x" * 10**6]], ids=lambda a: str(a)[:9]
+)
+def test_wishes_that_are_no_object_are_refused_where_the_policy_runs(config, custom_params):
+    params = {"custom_params": custom_params}
+    if config is None:
+        assert passes(params)
+        return
+    with pytest.raises(
+        ArkValeError, match=r"^custom_params is .*; make it an object, or"
+    ) as caught:
+        requests.check(print, manager(), SimpleNamespace(sampling_params=params))
+    assert len(str(caught.value)) < 300
+
+
+def test_a_request_that_came_past_the_check_has_the_servers_settings(caplog):
+    params = SimpleNamespace(custom_params="x")
+    request, config = SimpleNamespace(sampling_params=params, rid="one"), ArkValeConfig()
+    assert requests.settings_for(request, config) is config and "request one has" in caplog.text
 
 
 def test_a_reader_that_leaves_closes_what_it_read(config):
