@@ -105,7 +105,7 @@ def result(
         "cores_busy_with_other_work": {
             "median": others[len(others) // 2], "least": others[0], "most": others[-1],
         },
-        "rule": "median of the last third of the samples against the third before it",
+        "rule": trend.RULE,
         "judged": judged,
         "grew": [row["column"] for row in judged if row["grew"]],
     }  # fmt: skip
@@ -115,7 +115,7 @@ def tell(found: dict[str, Any]) -> int:
     """Print the verdict; returns the exit code: 1 if something grew or failed, 2 if something could
     not be told."""
     for row in found["judged"]:
-        word = {True: "GREW", False: "ok", None: "not told: other work changed"}[row["grew"]]
+        word = {True: "GREW", False: "ok", None: "not told: too much other work"}[row["grew"]]
         print(
             f"  {row['column']:32s} {row['middle']:10.2f} -> {row['last']:10.2f}  "
             f"(allowed +{row['allowed']:.2f})  {word}"
@@ -131,7 +131,7 @@ def tell(found: dict[str, Any]) -> int:
         return 1
     untold = [row["column"] for row in found["judged"] if row["grew"] is None]
     if untold:
-        print(f"{', '.join(untold)}: not told, since other work kept more or fewer cores busy")
+        print(f"{', '.join(untold)}: not told, since other work kept cores busy most of the time")
     word = "nothing else grew" if untold else "nothing grew"
     print(f"{word} in {found['minutes']:.0f} minutes, {found['requests']:,} requests")
     return 2 if untold else 0

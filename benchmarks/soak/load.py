@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import random
 import statistics
 import threading
 import time
-import urllib.error
 from typing import Any
 
 from arkvale_sglang.cli.launch import Server
@@ -46,6 +46,12 @@ def request(rng: random.Random) -> dict[str, Any]:
     return {"input_ids": document + question, "sampling_params": sampling}
 
 
+def failure(part: dict[str, Any]) -> bool:
+    """Whether a streamed part says that its request failed: the status is sent before, as 200."""
+    about = part.get("meta_info")
+    return about is None or (about.get("finish_reason") or {}).get("type") == "abort"
+
+
 class Load:
     """Clients in threads of their own; every tenth request hangs up in the middle of its answer."""
 
@@ -74,25 +80,40 @@ class Load:
         while not self._stop.is_set():
             body, hangs_up = request(rng), rng.random() < 0.1
             stamps: list[float] = []
-            failed = 0
+            served = False  # a server that dies between two parts ends a stream without an error
             try:
                 stream = self._server.stream(body)
-                for _ in stream:
+                for part in stream:
+                    if failure(part):
+                        continue
                     stamps.append(time.perf_counter())
+                    served = part["meta_info"].get("finish_reason") is not None
                     if hangs_up and len(stamps) == 5:
                         stream.close()
+                        served = True
                         break
-            except (OSError, urllib.error.HTTPError):
-                failed = 1
-                self._stop.wait(1)
+            except (OSError, http.client.HTTPException, ValueError):
+                served = False
             with self._lock:
                 self._gaps += [later - earlier for earlier, later in itertools.pairwise(stamps)]
                 self._tokens += len(stamps)
                 self._requests += 1
-                self._failed += failed
+                self._failed += not served
+            if not served:
+                self._stop.wait(1)
 
     def take(self) -> dict[str, float]:
-        """What the clients saw since the last call: requests, tokens, median gap between tokens."""
+        """What the clients saw since the last call: requests, tokens, median gap between tokens.
+
+        Raises:
+            RuntimeError: a client ended by itself, so the load is not what it was.
+        """
+        alive = sum(thread.is_alive() for thread in self._threads)
+        if alive < CLIENTS and not self._stop.is_set():
+            raise RuntimeError(
+                f"only {alive} of {CLIENTS} clients are alive, so the load is no longer constant; "
+                "see the traceback above."
+            )
         with self._lock:
             found = {
                 "requests": self._requests,

@@ -33,8 +33,13 @@ LIMITS = {
 """By the last part of a column's name.  Step time as clients see it includes whatever else runs on
 the machine; the scheduler's processor time per token does so less and is held tighter."""
 TIMES = {"cpu_ms_per_token", "ms_per_token"}
-OTHER, EQUAL = "other_cores_busy", 0.1
-"""Times can be compared only while other work keeps as many cores busy, to so much of a core."""
+OTHER, EQUAL = "other_cores_busy", 0.25
+"""Times are compared over the samples in which other work kept fewest cores busy, and so much of a
+core more: what it takes or leaves would else be told as growth, or hide it."""
+RULE = (
+    "median of the last third of the samples against the third before it; of times, of the samples "
+    f"in which other work kept at most {EQUAL} of a core more busy than in the least"
+)
 LEAST_SAMPLES = 9
 """Fewer say nothing: the thirds would be of less than three."""
 
@@ -52,7 +57,7 @@ def judge(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         For every column with a limit its two medians, growth, what is allowed, and ``grew``:
-        ``None`` for a time that cannot be told because other work on the machine changed.  An
+        ``None`` for a time of which one third has too few samples alike in other work.  An
         empty list if there are too few samples to tell.
     """
     third = len(samples) // 3
@@ -60,17 +65,20 @@ def judge(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return []
     middle, last = samples[-2 * third : -third], samples[-third:]
     found = []
-    before, after = (_median(part, OTHER) for part in (middle, last))
-    comparable = abs(after - before) <= EQUAL
+    least = min(float(sample[OTHER]) for sample in (*middle, *last))
+    alike = [[s for s in part if float(s[OTHER]) <= least + EQUAL] for part in (middle, last)]
+    told = min(map(len, alike)) >= max(LEAST_SAMPLES // 3, third // 4)
     for column in samples[-1]:
         limit = limit_of(column)
         if limit is None:
             continue
-        before, after = (_median(part, column) for part in (middle, last))
+        parts = alike if column in TIMES and told else (middle, last)
+        before, after = (_median(part, column) for part in parts)
         growth, allowed = after - before, limit.of(before)
         # A column that could not be read is no proof of health.
-        grew: bool | None = not growth <= allowed
-        if grew and column in TIMES and not (comparable or math.isnan(growth)):
+        missing = math.isnan(_median((*middle, *last), column))
+        grew: bool | None = missing or growth > allowed
+        if column in TIMES and not told and not missing:
             grew = None
         found.append(
             {

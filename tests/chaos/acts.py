@@ -6,14 +6,16 @@ refuse it (4xx) or answer it, and must stay.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
 import random
 import socket
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from arkvale_sglang.cli.launch import Server
@@ -21,6 +23,9 @@ from support.serving import prompt
 
 SECONDS = 300.0
 """Longest wait for an answer; a server that is slower hangs."""
+EARLY_SECONDS = 0.3
+"""Within which a client gives up early: its request is then on its way, queued, or in the chunks of
+its prefill."""
 Act = Callable[[Server], str]
 
 NONSENSE_SETTINGS: tuple[Any, ...] = (
@@ -45,12 +50,12 @@ NONSENSE_BODIES: tuple[tuple[str, Any], ...] = (
     ("wrong type", {"input_ids": [1.5, 2.5]}),
     ("wrong type", {"input_ids": [None]}),
     ("wrong type", {"input_ids": [5, 6], "sampling_params": "hot"}),
-    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": "many"}}),
-    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"temperature": "hot"}}),
     (
-        SAMPLING,
+        "wrong type",
         {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2, "custom_params": "x"}},
     ),
+    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": "many"}}),
+    (SAMPLING, {"input_ids": [5, 6], "sampling_params": {"temperature": "hot"}}),
     ("missing field", {}),
     ("missing field", {"sampling_params": {"max_new_tokens": 4}}),
     ("missing field", {"input_ids": []}),
@@ -135,7 +140,7 @@ class Draw:
     def _generate(self) -> Act:
         body = {"input_ids": self._prompt(), "sampling_params": self._sampling()}
         fate = self.random.choice(("finish", "finish", "hang up", "abort"))
-        return _streamed(body, fate, self.random.randrange(8), f"chaos-{self.seed}")
+        return self._streamed(body, fate, self.random.randrange(8))
 
     def _several(self) -> Act:
         prompts = [self._prompt() for _ in range(self.random.randrange(2, 5))]
@@ -164,7 +169,15 @@ class Draw:
         sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": self._prompt(), "sampling_params": sampling}
         fate = self.random.choice(("hang up", "abort"))
-        return _streamed(body, fate, self.random.randrange(20), f"chaos-{self.seed}")
+        return self._streamed(body, fate, self.random.randrange(20))
+
+    def _streamed(self, body: dict[str, Any], fate: str, tokens: int) -> Act:
+        """A request that meets its fate after so many tokens, in half of the cases earlier."""
+        early, seconds = self.random.random() < 0.5, self.random.uniform(0.0, EARLY_SECONDS)
+        # The point keeps ids from beginning with another's: SGLang aborts all that begin alike.
+        body = {**body, "rid": f"chaos-{self.seed}.", "stream": True}
+        wait = seconds if early and fate != "finish" else None
+        return lambda server: Streamed(server, body, fate).end(tokens, wait)
 
     def _nonsense_settings(self) -> Act:
         wishes = self.random.choice(NONSENSE_SETTINGS)
@@ -246,24 +259,91 @@ def _posted(path: str, body: Any, what: str = "") -> Act:
     return act
 
 
-def _streamed(body: dict[str, Any], fate: str, tokens: int, rid: str) -> Act:
-    """Read an answer as it comes; after so many tokens meet the fate."""
+class Streamed:
+    """A request whose answer is read as it comes, until it ends or meets its fate.
 
-    def act(server: Server) -> str:
-        retracted, ended = 0, fate
+    Args:
+        fate: ``hang up``, ``abort``, or ``finish``, which leaves it alone.
+    """
+
+    def __init__(self, server: Server, body: dict[str, Any], fate: str):
+        self._server, self._body, self._fate = server, body, fate
+        self._client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+        self._ended: str | None = None
+        self._retracted = self._hung_up = self._aborted = False
+        self._socket: socket.socket
+
+    def end(self, tokens: int, seconds: float | None) -> str:
+        """Send it and say how it ended: its fate only if it met it, or the code of an error.
+
+        Args:
+            tokens: after which it meets its fate at the latest.
+            seconds: the same, counted from before it is sent.
+        """
+        with contextlib.closing(self._client):
+            self._client.connect()
+            self._socket = self._client.sock
+            with _later(seconds, self._meet):
+                try:
+                    self._read(tokens)
+                except (OSError, http.client.HTTPException):
+                    if not self._hung_up:
+                        raise
+        end = self._ended or ("hang up" if self._hung_up else "cut off")
+        return f"{end}, retracted" if self._retracted else end
+
+    def _read(self, tokens: int) -> None:
+        headers = {"Content-Type": "application/json"}
+        self._client.request("POST", "/generate", json.dumps(self._body), headers)
+        with self._client.getresponse() as answer:
+            if answer.status != 200:
+                self._ended = str(answer.status)
+                return
+            parts = (json.loads(line[6:]) for line in answer if line.startswith(b"data: {"))
+            for count, part in enumerate(parts):
+                self._take(part)
+                if count == tokens and self._ended is None:
+                    self._meet()
+                if self._hung_up:
+                    return
+
+    def _take(self, part: dict[str, Any]) -> None:
+        """Note what a part says of the end: an error, or a reason, which may be an error too."""
+        if "error" in part:
+            self._ended = str(part["error"]["code"])
+            return
+        about = part["meta_info"]
+        self._retracted |= bool(about.get("num_retractions"))
+        reason = about.get("finish_reason")
+        if reason is None:
+            return
+        self._ended = "finish"
+        if reason["type"] == "abort":
+            word = "abort" if self._aborted else "aborted unasked"
+            self._ended = str(reason.get("status_code") or word)
+
+    def _meet(self) -> None:
+        """Meet the fate now; a hang-up also wakes a read that waits for the server."""
+        if self._fate == "hang up":
+            self._hung_up = True
+            with contextlib.suppress(OSError):  # the server may have closed it already
+                self._socket.shutdown(socket.SHUT_RDWR)
+        elif self._fate == "abort":
+            self._aborted = True
+            self._server.post("/abort_request", {"rid": self._body["rid"]}, SECONDS)
+
+
+@contextlib.contextmanager
+def _later(seconds: float | None, do: Callable[[], None]) -> Iterator[None]:
+    """Do it after so many seconds, unless the block ends before; ``None`` is never."""
+    if seconds is None:
+        yield
+        return
+    over = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        timer = pool.submit(lambda: over.wait(seconds) or do())
         try:
-            with server.open("/generate", {**body, "rid": rid, "stream": True}, SECONDS) as answer:
-                parts = (json.loads(line[6:]) for line in answer if line.startswith(b"data: {"))
-                for count, part in enumerate(parts):
-                    if "error" in part:
-                        return f"{fate}: error in the stream"
-                    retracted = part["meta_info"].get("num_retractions", retracted)
-                    if count == tokens and fate == "hang up":
-                        break
-                    if count == tokens and fate == "abort":
-                        server.post("/abort_request", {"rid": rid})
-        except urllib.error.HTTPError as error:
-            return str(error.code)
-        return f"{ended}, retracted" if retracted else ended
-
-    return act
+            yield
+        finally:
+            over.set()
+    timer.result()

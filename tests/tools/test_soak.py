@@ -73,6 +73,17 @@ def test_times_are_not_told_while_other_work_changes():
     assert verdict["ms_per_token"] is None and verdict["scheduler rss_mib"] is True
 
 
+def test_other_work_for_a_while_neither_hides_growth_nor_looks_like_it():
+    """Only the minutes without it are compared."""
+    for growth, found in ((0.0, set()), (1.5, {"ms_per_token"})):
+        for busy in (slice(20, 33), slice(47, 60)):
+            samples = run(60, ms_per_token=growth)
+            for sample in samples[busy]:
+                sample["other_cores_busy"] = 1.5
+                sample["ms_per_token"] *= 2
+            assert grew(samples) == found
+
+
 def test_a_few_odd_minutes_do_not_decide():
     samples = run(60)
     for sample in samples[-5:]:
