@@ -76,7 +76,7 @@ def lines(context: int) -> list[list[str]]:
                 f"{one.pool.device_bytes / GIB:.1f}",
                 str(one.full_requests),
                 str(one.requests),
-                f"{one.full_ms:.1f} / {one.arkvale_ms:.1f}",
+                f"{one.full_ms:.1f} / {one.arkvale_ms:.1f}" if one.requests else "-",
                 f"{many.full_ms:.1f} / {many.arkvale_ms:.1f}" if one.requests else "-",
                 f"{many.recalled_bytes / 1e6:.0f}" if one.requests else "-",
             ]

@@ -192,7 +192,8 @@ def expect(
     batch = load.concurrency
     pages = -(-load.context // config.page_size)
     chosen = min(config.budget_pages, pages)
-    absent = min((1 - load.hit_rate) * chosen, config.must_pages) if chosen < pages else 0.0
+    recalls = chosen < pages and not pool.fits
+    absent = min((1 - load.hit_rate) * chosen, config.must_pages) if recalls else 0.0
     recalled = int(batch * absent * geometry.page_host_bytes)
     scanned = pages * geometry.page_digest_bytes if chosen < pages else 0
     row = pages * geometry.page_dense_bytes + chosen * geometry.page_host_bytes + scanned

@@ -6,16 +6,19 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
 
+from arkvale_sglang.cli import main as cli
 from bench import report
 from quality import results
 
@@ -57,7 +60,9 @@ DOCUMENTS = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs"
 
 
 def commands_in(text: str) -> list[str]:
-    """Indented lines that look like a command, without the variables set before it."""
+    """Indented or fenced lines that look like a command, without the variables set before it."""
+    text = re.sub(r"(?ms)^```\w*\n(.*?)^```", lambda found: indent(found[1], "    "), text)
+    text = text.replace("\\\n", "")  # lines that go on
     lines = (line.strip() for line in text.splitlines() if line.startswith("    "))
     bare = (re.sub(r'^([A-Z_]+=("[^"]*"|\S*) )+', "", line) for line in lines)
     known = r"(git|make|pip|(\.venv/bin/)?(python3?|arkvale)|curl) "
@@ -68,6 +73,34 @@ def commands_in(text: str) -> list[str]:
 def test_documents_name_only_commands_that_are_run(document):
     for command in commands_in((ROOT / document).read_text()):
         assert any(command.startswith(known) for known in RUN_BY), command
+
+
+def parsed(line: str, monkeypatch) -> str | None:
+    """The subcommand of a line of ``arkvale`` that its own parser takes; ``None`` of others."""
+    program, *words = shlex.split(line, comments=True)
+    if program not in ("arkvale", ".venv/bin/arkvale"):
+        return None
+    for command in (cli.top, cli.record, cli.plot, cli.plan, cli.doctor):
+        monkeypatch.setattr(command, "run", lambda options: "")
+    monkeypatch.setattr(cli, "_report", lambda options: "")
+    assert cli.main(words) == 0
+    return words[0]
+
+
+def test_documented_arkvale_commands_are_what_the_parsers_take(monkeypatch):
+    lines = [line for name in DOCUMENTS for line in commands_in((ROOT / name).read_text())]
+    found = {parsed(line, monkeypatch) for line in lines}
+    assert found == {None, "top", "record", "plot", "plan", "doctor", "report"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["    arkvale plan X \\\n        --tp 2\n", "```sh\n.venv/bin/arkvale top X --twice\n```\n"],
+)
+def test_a_documented_command_with_a_wrong_or_missing_flag_is_found(monkeypatch, text):
+    [line] = commands_in(text)
+    with pytest.raises(SystemExit):
+        parsed(line, monkeypatch)
 
 
 def test_tests_that_run_commands_exist():

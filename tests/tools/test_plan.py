@@ -69,6 +69,14 @@ def test_a_context_within_the_budget_recalls_and_scans_nothing():
     assert expected.arkvale_ms == pytest.approx(expected.full_ms, rel=1e-3)
 
 
+def test_what_has_a_frame_is_scanned_and_not_recalled():
+    config = ArkValeConfig(host_memory=8)
+    expected = expect(config, MODEL, WEIGHTS, MACHINE, Load(32_768, 1, hit_rate=0.5))
+    assert expected.pool.fits and expected.recalled_bytes == 0
+    within = expect(config, MODEL, WEIGHTS, MACHINE, Load(4096, 1, hit_rate=0.5))
+    assert expected.arkvale_ms > within.arkvale_ms
+
+
 def test_it_prints_sizes_and_the_flags_to_serve_with(monkeypatch, capsys):
     code, out, _ = plan(monkeypatch, capsys, str(NEEDLE), *FLAGS, "--dense-layers", "0")
     assert code == 0
