@@ -69,7 +69,7 @@ DEFAULT = Scale(
 QUICK = Scale(
     contexts={512: (1,), 8 * K: (1, 4)}, budgets=(1024,), others=8 * K, profiled=(8 * K,),
     follow_ups=(8 * K,),
-    loads=(dataclasses.replace(throughput.LOADS[1], chats=8, new=32),),
+    loads=(dataclasses.replace(throughput.LOADS[1], chats=12, new=32),),
     prefill_factors=(1, 4), rounds=1,
     sections=("under_budget", "decode", "follow_up", "throughput"),
 )  # fmt: skip
@@ -108,7 +108,7 @@ def measure(scale: Scale, chosen: tuple[str, ...], folder: Path, log: Log) -> It
             case "throughput":
                 yield from throughput.throughput(mha, scale.loads, repeats, log)
             case "watching":
-                yield from latency.watching(mha, 8 * scale.rounds, log)
+                yield from latency.watching(mha, 3 * scale.rounds, log)
 
 
 def options() -> argparse.Namespace:

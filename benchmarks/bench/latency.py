@@ -35,6 +35,8 @@ DEVICE_TOKENS = 32_768
 """Tokens that the policy's frames hold: eight rows of the largest budget."""
 FOLLOW_UP = 16
 """Tokens of a follow-up message."""
+WATCHED = 320
+"""Tokens of a window in which several messages are sent."""
 
 
 def decoding(
@@ -195,32 +197,63 @@ def prefilling(
 
 
 def watching(model: Path, rounds: int, log: Log) -> Iterator[Row]:
-    """Decode of a server that exports metrics and has a subscriber, beside one that has neither:
-    in this row ``stock`` is the policy itself, unwatched."""
-    shared = [
+    """Decode of a server that has a subscriber, beside one that has no stream: in this row
+    ``stock`` is the policy itself, unwatched.  Both export metrics, so that what SGLang's own cost
+    is on either side; the share of all that the policy does to be seen is the profiler's.
+    """
+    watched = [
         *ARKVALE, "--max-total-tokens", "32768", "--arkvale-budget", "1024",
         "--arkvale-device-tokens", "4096", "--arkvale-host-memory", "1",
-        "--arkvale-dense-layers", "0",
+        "--arkvale-dense-layers", "0", "--enable-metrics",
     ]  # fmt: skip
-    unwatched, watched = [*shared, "--arkvale-stream", "off"], [*shared, "--enable-metrics"]
-    context, times = 8192, {"stock": [], "arkvale": []}
-    # By the mean: what a message costs falls on one token of many.
-    request = [prompt(context, 0)], 3 * DECODED, rounds + 3, statistics.mean
+    where = {"context": 8192, "budget": 1024}
+    tokens = prompt(where["context"], 0)
     with (
-        sides(model, unwatched, watched) as both,
+        sides(model, [*watched, "--arkvale-stream", "off"], watched) as both,
         listening(both.arkvale) as heard,
-        windows(both.stock, *request) as plain,
-        windows(both.arkvale, *request) as seen,
     ):
-        for turn in range(-3, rounds):
-            for (side, _), window in zip(both.each(), (plain, seen), strict=True):
-                elapsed = window()
-                if turn >= 0:
-                    times[side].append(elapsed)
+        times = _watched_in_turn(both, tokens, rounds, heard)
         must_have_evicted(both.arkvale)
-        if len(heard) < rounds:
-            raise RuntimeError(f"{len(heard)} messages came, so the measurement is void.")
-    yield row("watching", times, log, "ms", context=context, budget=1024)
+        yield row("watching", times, log, "ms", **where)
+        with both.alone("arkvale") as server:
+            shares = [
+                steps.shares_in(server, tokens, WATCHED // 2, names=("watch",))["watch"]
+                for _ in range(3)
+            ]
+        share = statistics.median(shares)
+        log(f"watching takes {100 * share:.2f} % of a step")
+        yield {
+            "case": "watching_share",
+            **where,
+            "batch": 1,
+            "arkvale": round(share, 5),
+            "spread": [round(edge(shares), 5) for edge in (min, max)],
+            "unit": "of a step",
+        }
+
+
+def _watched_in_turn(
+    both: Sides, tokens: list[int], rounds: int, heard: list[float]
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {"stock": [], "arkvale": []}
+    with (
+        # By the mean: what a message costs falls on one token of many.
+        windows(both.stock, [tokens], WATCHED, rounds + 1, average=statistics.mean) as without,
+        windows(both.arkvale, [tokens], WATCHED, rounds + 1, average=statistics.mean) as seen,
+    ):
+        for turn in range(-1, rounds):
+            with both.arkvale.paused():
+                unwatched = without()
+            with both.stock.paused():
+                before = len(heard)
+                watched = seen()
+            # One comes as the server wakes, in the gaps that are left out.
+            if len(heard) < before + 2:
+                raise RuntimeError(f"{len(heard) - before} messages came: the window is void.")
+            if turn >= 0:
+                times["stock"].append(unwatched)
+                times["arkvale"].append(watched)
+    return times
 
 
 @contextlib.contextmanager
@@ -249,7 +282,7 @@ def listening(server: Server) -> Iterator[list[float]]:
         thread.join()
 
 
-def must_have_evicted(server: Server) -> None:
-    """Raise ``RuntimeError`` if a measurement that needs evictions saw none."""
-    if not server.arkvale()["pages_evicted"]:
+def must_have_evicted(server: Server, before: int = 0) -> None:
+    """Raise ``RuntimeError`` if a measurement that needs evictions saw no more than before it."""
+    if server.arkvale()["pages_evicted"] <= before:
         raise RuntimeError("nothing was evicted, so the measurement is void.")

@@ -65,14 +65,15 @@ def sides(model: Path, stock: Sequence[str], arkvale: Sequence[str]) -> Iterator
     ``stock`` may be the policy too, where two of its settings are compared.
     """
     plain = [] if "--kv-policy" in stock else STOCK
-    first, second = Server(model, [*COMMON, *plain, *stock]), Server(model, [*COMMON, *arkvale])
+    servers = [Server(model, [*COMMON, *plain, *stock])]
     try:
-        first.start()
-        with first.paused():
-            second.start()
-        yield Sides(first, second)
+        servers[0].start()
+        servers.append(Server(model, [*COMMON, *arkvale]))
+        with servers[0].paused():
+            servers[1].start()
+        yield Sides(*servers)
     finally:
-        together(Server.stop, [first, second])
+        together(Server.stop, servers)
 
 
 def prompt(length: int, seed: object) -> list[int]:
@@ -159,7 +160,8 @@ def _gap(
             (later - earlier) / (tokens - before)
             for own in seen
             for (earlier, before), (later, tokens) in itertools.pairwise(own[settling:])
-            if earlier >= start and later <= end and tokens > before
+            if earlier >= start and later <= end
+            for _ in range(before, tokens)
         ]
     if len(gaps) < len(seen):
         raise RuntimeError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from arkvale_sglang.cli.launch import Server
 from bench.latency import must_have_evicted
-from bench.sides import ARKVALE, Log, Row, body, prompt, row, sides, together
+from bench.sides import ARKVALE, Log, Row, body, peak_bytes, prompt, row, sides, together
 
 DEVICE_TOKENS = 8192
 """On either side: stock's whole pool, and the frames of the policy."""
@@ -70,9 +70,11 @@ def throughput(model: Path, loads: Sequence[Load], rounds: int, log: Log) -> Ite
     with sides(model, stock, arkvale) as both:
         for load in loads:
             held: dict[str, list[dict[str, Any]]] = {"stock": [], "arkvale": []}
+            evicted = both.arkvale.arkvale()["pages_evicted"]
             for number in range(rounds):
                 for side, server in both.each():
                     held[side].append(hold(server, model, load, number))
+            must_have_evicted(both.arkvale, evicted)
             seconds = {side: [run["duration"] for run in runs] for side, runs in held.items()}
             where = {"context": load.context, "batch": load.chats, "budget": BUDGET}
             yield {
@@ -90,8 +92,8 @@ def throughput(model: Path, loads: Sequence[Load], rounds: int, log: Log) -> Ite
                 },
                 "load": dataclasses.asdict(load),
                 "bytes": both.arkvale.arkvale()["bytes"],
+                "peak_bytes": {side: peak_bytes(server) for side, server in vars(both).items()},
             }
-        must_have_evicted(both.arkvale)
 
 
 def hold(server: Server, model: Path, load: Load, seed: int) -> dict[str, Any]:

@@ -13,8 +13,8 @@ POOL = 16_384
 FRAMES = 2048
 LOADS = (
     throughput.Load("long_prompts", chats=3, shared=0, message=700, new=40),
-    throughput.Load("shared_prefix", chats=3, shared=640, message=40, new=8),
-    throughput.Load("returning_chats", chats=3, shared=640, message=40, new=8, turns=2),
+    throughput.Load("shared_prefix", chats=3, shared=1500, message=200, new=40),
+    throughput.Load("returning_chats", chats=3, shared=700, message=40, new=8, turns=2),
 )
 
 
@@ -95,7 +95,7 @@ def test_every_chat_of_a_load_is_answered(shared, model):
         for side, seconds in row["rounds"].items():
             answered = load.chats * load.turns * load.new
             assert row["tokens_per_second"][side] * seconds[0] == pytest.approx(answered, rel=0.01)
-        assert row["bytes"]["frame"] > 0
+        assert row["bytes"]["frame"] > 0 and min(row["peak_bytes"].values()) > 1 << 20
 
 
 def test_a_measurement_without_evictions_is_void(both):
@@ -105,3 +105,5 @@ def test_a_measurement_without_evictions_is_void(both):
 
     with pytest.raises(RuntimeError, match="nothing was evicted"):
         latency.must_have_evicted(Server())
+    with pytest.raises(RuntimeError, match="nothing was evicted"):
+        latency.must_have_evicted(both.arkvale, both.arkvale.arkvale()["pages_evicted"])

@@ -58,7 +58,7 @@ def score_pages(
 
 def _blocks(digests: torch.Tensor, lane_pages: torch.Tensor) -> Iterator[torch.Tensor]:
     """Digests of a run of pages of every row at a time: ``[rows, run, 2, KV heads, head_dim]``
-    float32.
+    float32, a copy where there are several rows.
 
     A prompt's pages mostly have consecutive ids, so one row's digests are mostly read in place.
     """
@@ -76,7 +76,7 @@ def _blocks(digests: torch.Tensor, lane_pages: torch.Tensor) -> Iterator[torch.T
 
 
 def _dot(block: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
-    """``[rows, run, channels]``, which is overwritten, with ``[rows, 1, channels]``.
+    """``[rows, run, channels]``, overwritten if of several rows, with ``[rows, 1, channels]``.
 
     A host's batched product of matrices with one vector each takes five times as long as this.
     """
