@@ -58,12 +58,11 @@ def run(options: argparse.Namespace) -> str:
     with Stream(options.url, options.api_key, options.topics) as stream:
         written = 0
         with _opened(path) as file, interrupted():
-            begin = time.time()
-            about = {"format": FORMAT, "version": VERSION, "time": begin, "url": options.url}
+            about = {"format": FORMAT, "version": VERSION, "time": time.time(), "url": options.url}
             about |= {"topics": options.topics, "states": STATES, "server": stream.state}
             file.write(_line(about))
-            deadline = begin + (options.seconds or float("inf"))
-            while (left := deadline - time.time()) > 0:
+            deadline = time.monotonic() + (options.seconds or float("inf"))
+            while (left := deadline - time.monotonic()) > 0:
                 try:
                     message = stream.receive(min(left, 3600.0))
                 except ArkValeError as error:

@@ -60,7 +60,8 @@ class Watching:
         self, result: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """After each forward pass, on its stream."""
-        self._tell(lambda broadcast: _tell_pass(broadcast, runner, forward_batch))
+        with part("watch"):
+            self._tell(lambda broadcast: _tell_pass(broadcast, runner, forward_batch))
 
     def before_idling(self, scheduler: Any) -> None:
         """Whenever the scheduler finds nothing to run, before it may sleep."""
@@ -72,8 +73,7 @@ class Watching:
         if self._broadcast is None:
             return
         try:
-            with part("watch"):
-                what(self._broadcast)
+            what(self._broadcast)
         except Exception:
             logger.exception("arkvale: metrics and stream end here; requests go on.")
             publisher, self._broadcast, self._publisher = self._publisher, None, None

@@ -141,7 +141,7 @@ def main() -> int:
     sections: tuple[str, ...] = tuple(chosen.only or chosen.scale.sections)
     chosen.out.mkdir(parents=True, exist_ok=True)
     chosen.docs.mkdir(parents=True, exist_ok=True)
-    if not (chosen.docs / report.PAGE).exists():
+    if chosen.docs.resolve() != ROOT / "docs":
         shutil.copy(ROOT / "docs" / report.PAGE, chosen.docs)
     rows: list[Row] = []
 

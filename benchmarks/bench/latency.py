@@ -37,6 +37,8 @@ FOLLOW_UP = 16
 """Tokens of a follow-up message."""
 WATCHED = 320
 """Tokens of a window in which several messages are sent."""
+EXPORTED = 480
+"""Tokens of an answer during which Prometheus is told more than once."""
 
 
 def decoding(
@@ -217,10 +219,10 @@ def watching(model: Path, rounds: int, log: Log) -> Iterator[Row]:
         yield row("watching", times, log, "ms", **where)
         with both.alone("arkvale") as server:
             shares = [
-                steps.shares_in(server, tokens, WATCHED // 2, names=("watch",))["watch"]
-                for _ in range(3)
+                steps.shares_in(server, tokens, EXPORTED, names=("watch",))["watch"]
+                for _ in range(2)
             ]
-        share = statistics.median(shares)
+        share = statistics.mean(shares)
         log(f"watching takes {100 * share:.2f} % of a step")
         yield {
             "case": "watching_share",

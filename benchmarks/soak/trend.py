@@ -34,11 +34,11 @@ LIMITS = {
 the machine; the scheduler's processor time per token does so less and is held tighter."""
 TIMES = {"cpu_ms_per_token", "ms_per_token"}
 OTHER, EQUAL = "other_cores_busy", 0.25
-"""Times are compared over the samples in which other work kept fewest cores busy, and so much of a
+"""Times are compared over the samples in which other work kept fewest cores busy, or so much of a
 core more: what it takes or leaves would else be told as growth, or hide it."""
 RULE = (
     "median of the last third of the samples against the third before it; of times, of the samples "
-    f"in which other work kept at most {EQUAL} of a core more busy than in the least"
+    f"in which other work kept at most {EQUAL} of a core more busy than in the quietest quarter"
 )
 LEAST_SAMPLES = 9
 """Fewer say nothing: the thirds would be of less than three."""
@@ -65,9 +65,12 @@ def judge(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return []
     middle, last = samples[-2 * third : -third], samples[-third:]
     found = []
-    least = min(float(sample[OTHER]) for sample in (*middle, *last))
+    enough = max(LEAST_SAMPLES // 3, third // 4)
+    least = min(
+        sorted(float(sample[OTHER]) for sample in part)[enough - 1] for part in (middle, last)
+    )
     alike = [[s for s in part if float(s[OTHER]) <= least + EQUAL] for part in (middle, last)]
-    told = min(map(len, alike)) >= max(LEAST_SAMPLES // 3, third // 4)
+    told = min(map(len, alike)) >= enough
     for column in samples[-1]:
         limit = limit_of(column)
         if limit is None:

@@ -67,11 +67,12 @@ def _blocks(digests: torch.Tensor, lane_pages: torch.Tensor) -> Iterator[torch.T
     start = 0
     for run in lane_pages.split(max(1, COPY_BYTES // (rows * row_bytes)), dim=1):
         stop = start + run.shape[1]
-        if jumps is not None and bisect_left(jumps, start) == bisect_left(jumps, stop - 1):
+        apart = jumps is None or bisect_left(jumps, start) < bisect_left(jumps, stop - 1)
+        if apart or not run.numel():
+            yield _rows_of(digests, run.reshape(-1)).view(rows, -1, *digests.shape[1:])
+        else:
             first = int(run[0, 0])
             yield digests[first : first + stop - start].float().unsqueeze(0)
-        else:
-            yield _rows_of(digests, run.reshape(-1)).view(rows, -1, *digests.shape[1:])
         start = stop
 
 
