@@ -259,8 +259,11 @@ class Wiring:
 
     def internal_state(self, result: Any, scheduler: Any, recv_req: Any) -> Any:
         """Show settings and counters under ``internal_states[0]["arkvale"]`` of /server_info."""
-        report = {**self.pool.cache.report(), "stream": self.watching.endpoint}
-        result.internal_state["arkvale"] = report
+        result.internal_state["arkvale"] = {
+            **self.pool.cache.report(),
+            "stream": self.watching.endpoint,
+            "watching_seconds": self.watching.seconds,
+        }
         return result
 
     def check_invariants(self, result: tuple[bool, list[str]], *args: Any, **kwargs: Any) -> Any:

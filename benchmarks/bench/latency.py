@@ -19,6 +19,7 @@ from bench.sides import (
     Log,
     Row,
     Sides,
+    body,
     first_token,
     peak_bytes,
     per_token,
@@ -37,8 +38,8 @@ FOLLOW_UP = 16
 """Tokens of a follow-up message."""
 WATCHED = 320
 """Tokens of a window in which several messages are sent."""
-EXPORTED = 480
-"""Tokens of an answer during which Prometheus is told more than once."""
+EXPORTED = 960
+"""Tokens of an answer during which Prometheus is told several times."""
 
 
 def decoding(
@@ -201,7 +202,7 @@ def prefilling(
 def watching(model: Path, rounds: int, log: Log) -> Iterator[Row]:
     """Decode of a server that has a subscriber, beside one that has no stream: in this row
     ``stock`` is the policy itself, unwatched.  Both export metrics, so that what SGLang's own cost
-    is on either side; the share of all that the policy does to be seen is the profiler's.
+    is on either side; what the policy does after passes to be seen is told by the server itself.
     """
     watched = [
         *ARKVALE, "--max-total-tokens", "32768", "--arkvale-budget", "1024",
@@ -218,11 +219,8 @@ def watching(model: Path, rounds: int, log: Log) -> Iterator[Row]:
         must_have_evicted(both.arkvale)
         yield row("watching", times, log, "ms", **where)
         with both.alone("arkvale") as server:
-            shares = [
-                steps.shares_in(server, tokens, EXPORTED, names=("watch",))["watch"]
-                for _ in range(2)
-            ]
-        share = statistics.mean(shares)
+            shares = [_share_of_watching(server, tokens) for _ in range(3)]
+        share = statistics.median(shares)
         log(f"watching takes {100 * share:.2f} % of a step")
         yield {
             "case": "watching_share",
@@ -232,6 +230,13 @@ def watching(model: Path, rounds: int, log: Log) -> Iterator[Row]:
             "spread": [round(edge(shares), 5) for edge in (min, max)],
             "unit": "of a step",
         }
+
+
+def _share_of_watching(server: Server, tokens: list[int]) -> float:
+    before, begin = server.arkvale()["watching_seconds"], time.perf_counter()
+    server.post("/generate", body(tokens, EXPORTED))
+    elapsed = time.perf_counter() - begin
+    return (server.arkvale()["watching_seconds"] - before) / elapsed
 
 
 def _watched_in_turn(

@@ -48,7 +48,7 @@ TARGETS: tuple[tuple[str, str, Callable[[list[Row]], Found | None], float, bool]
      lambda rows: _cost(_of_factor(rows, 8), "prefill"), 1.25, False),
     ("decode while watched", "of its time unwatched",
      lambda rows: _cost(rows, "watching"), 1.01, False),
-    ("counting, exporting and streaming", "of a step's time",
+    ("export and stream, time of the scheduler", "of a step's time",
      lambda rows: _share(rows), 0.01, False),
 )  # fmt: skip
 """What is measured, its unit, where it stands, the target, and whether more is better."""

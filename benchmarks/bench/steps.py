@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,14 @@ def parts(server: Server, tokens: list[int], budget: int, log: Log) -> Iterator[
     The profiler slows ops down, so its shares are applied to the time without it.
     """
     context, settings = len(tokens), {"budget": budget}
+    layers = len(server.arkvale()["layers"])
     whole = statistics.median(per_token(server, [tokens], 2 * STEPS, settings) for _ in range(3))
-    shares = shares_in(server, tokens, STEPS, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        what = {"output_dir": folder, "activities": ["CPU"], "with_stack": False}
+        server.post("/start_profile", what)
+        server.post("/generate", body(tokens, STEPS, settings))
+        server.post("/stop_profile", {})
+        shares = shares_of(_trace(Path(folder)), layers)
     for name, share in shares.items():
         log(f"step at {context:6d}  {name:8s} {share * whole:7.3f} ms  {100 * share:5.1f} %")
         yield {
@@ -38,23 +44,6 @@ def parts(server: Server, tokens: list[int], budget: int, log: Log) -> Iterator[
             "arkvale": round(share * whole, 4),
             "unit": "ms",
         }
-
-
-def shares_in(
-    server: Server,
-    tokens: list[int],
-    new: int,
-    settings: dict[str, Any] | None = None,
-    names: Sequence[str] = PARTS,
-) -> dict[str, float]:
-    """Share of each named part in a decode step of a prompt, over an answer of so many tokens."""
-    layers = len(server.arkvale()["layers"])
-    with tempfile.TemporaryDirectory() as folder:
-        what = {"output_dir": folder, "activities": ["CPU"], "with_stack": False}
-        server.post("/start_profile", what)
-        server.post("/generate", body(tokens, new, settings))
-        server.post("/stop_profile", {})
-        return shares_of(_trace(Path(folder)), layers, names)
 
 
 def _trace(folder: Path, seconds: float = 60.0) -> list[dict[str, Any]]:
@@ -72,9 +61,7 @@ def _trace(folder: Path, seconds: float = 60.0) -> list[dict[str, Any]]:
     raise RuntimeError(f"the server wrote no profile in {seconds:.0f} s.")
 
 
-def shares_of(
-    events: list[dict[str, Any]], layers: int, names: Sequence[str] = PARTS
-) -> dict[str, float]:
+def shares_of(events: list[dict[str, Any]], layers: int) -> dict[str, float]:
     """Share of each named part in a decode step, the rest last; the first steps are left out."""
     named = sorted(
         (event["ts"], event["name"].removeprefix("arkvale."), event["dur"])
@@ -87,5 +74,5 @@ def shares_of(
     for begin, name, elapsed in named:
         if starts[0] <= begin < starts[-1]:
             spent[name] += elapsed / (len(starts) - 1)
-    shares = {name: spent[name] / whole for name in names}
+    shares = {name: spent[name] / whole for name in PARTS}
     return {**shares, "rest": 1 - sum(shares.values())}

@@ -45,6 +45,17 @@ def test_a_failure_to_tell_is_logged_once_and_requests_go_on(monkeypatch, caplog
     assert "no space left" in caplog.text
 
 
+def test_the_time_that_telling_takes_is_told(monkeypatch):
+    """Of the thread: a scheduler that is stopped or waits meanwhile spends none."""
+    watching, _ = started(STREAM_OFF)
+    clock = iter([1.0, 1.25, 7.0, 7.5])
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    mode = SimpleNamespace(is_idle=lambda: False, is_decode=lambda: False)
+    for _ in range(2):
+        watching.after_pass(None, None, SimpleNamespace(forward_mode=mode, rids=None))
+    assert watching.seconds == 0.75
+
+
 def test_a_stream_that_failed_is_closed_and_no_longer_named(monkeypatch):
     watching, _ = started(None)
     endpoint = watching.endpoint

@@ -164,8 +164,8 @@ def test_watched_and_unwatched_take_turns_and_a_silent_stream_voids_them(monkeyp
 
     monkeypatch.setattr(latency, "sides", both)
     monkeypatch.setattr(latency, "windows", windows)
-    shares = iter([{"watch": 0.004}, {"watch": 0.002}])
-    monkeypatch.setattr(latency.steps, "shares_in", lambda *_, names: next(shares))
+    shares = iter([0.004, 0.002, 0.003])
+    monkeypatch.setattr(latency, "_share_of_watching", lambda *_: next(shares))
     found, share = latency.watching(ROOT, 3, lambda _: None)
     assert share["arkvale"] == 0.003 and share["spread"] == [0.002, 0.004]
     assert turns == ["unwatched", "watched"] * 4
@@ -189,7 +189,6 @@ def test_shares_of_a_step_come_from_its_named_parts():
     shares = steps.shares_of(events, layers=2)
     assert shares["attend"] == pytest.approx(0.4) and shares["score"] == pytest.approx(0.1)
     assert shares["recall"] == 0 and shares["rest"] == pytest.approx(0.5)
-    assert steps.shares_of(events, 2, ("score",)) == pytest.approx({"score": 0.1, "rest": 0.9})
     assert list(shares) == [*steps.PARTS, "rest"]
 
 
