@@ -14,7 +14,7 @@ help:
 	@echo "make lint         ruff, mypy"
 	@echo "make quality      what a budget costs in answers, against full attention and rules that drop"
 	@echo "make needle-model train the model that demo and quality use, about 20 minutes"
-	@echo "make bench        stock SGLang and arkvale in turn, all of docs/performance.md, about half an hour"
+	@echo "make bench        stock SGLang and arkvale in turn, all of docs/performance.md, under half an hour"
 	@echo "make bench-smoke  a part of it, about 5 minutes, written under build/bench"
 	@echo "make chaos        100,000 random events on the cache and on servers"
 	@echo "make soak         an hour of constant load: does memory, a file handle or step time grow?"

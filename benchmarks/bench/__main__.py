@@ -1,6 +1,6 @@
 """Speed and capacity, side by side with stock SGLang in one run.
 
-    make bench                  about half an hour, writes docs/performance.md
+    make bench                  under half an hour, writes docs/performance.md
     make bench ARGS=--quick     about 5 minutes, writes under build/bench
 
 Writes ``bench.json``: a row for every case, with the medians of both sides, the median ratio of the

@@ -177,10 +177,13 @@ def throughput_table(rows: list[Row]) -> str:
         if "load" not in row:
             continue
         pairs = [row[name] for name in ("tokens_per_second", "first_token_ms", "token_ms")]
-        shown = (f"{pair['stock']:,.0f} / {pair['arkvale']:,.0f}" for pair in pairs)
+        shown = [f"{pair['stock']:,.0f} / {pair['arkvale']:,.0f}" for pair in pairs]
+        stock, ours = (row["peak_bytes"][side] / 2**30 for side in ("stock", "arkvale"))
+        shown.append(f"{stock:.2f} / {ours:.2f}")
         lines.append([row["case"], row["batch"], f"{row['context']:,}", *_cells(row), *shown])
     head = ["load", "chats", "prompt", "stock, s", "arkvale, s", "ratio", "spread"]
-    return table([*head, "tokens per second", "first token, ms", "next token, ms"], lines)
+    head += ["tokens per second", "first token, ms", "next token, ms", "peak so far, GiB"]
+    return table(head, lines)
 
 
 def device_bytes(rows: list[Row]) -> str:
