@@ -74,11 +74,12 @@ class Publisher:
             with contextlib.suppress(zmq.Again):
                 word = self._socket.recv(zmq.NOBLOCK)
                 prefix = word[1:]
-                if not any(topic.encode().startswith(prefix) for topic in (STATS, PAGES)):
+                wanted = [topic for topic in (STATS, PAGES) if topic.encode().startswith(prefix)]
+                if not wanted:
                     continue
                 if word.startswith(b"\1"):
                     self._prefixes.add(prefix)
-                    came = came or STATS.encode().startswith(prefix)
+                    came = came or STATS in wanted
                 elif word.startswith(b"\0"):  # the last of them
                     self._prefixes.discard(prefix)
         return came
